@@ -1,0 +1,921 @@
+"""Images in; and, under its own banner below, the run around every stage.
+
+    python data.py --data DIR --size 256 --out imagenet256      # pack a folder of images once
+
+Conventions of the project, said once:
+  letters   B images, N patch tokens, L latent tokens, D width, H latent channels, P patch size, S image size, K classes
+  images    float B x 3 x S x S in [-1, 1] inside; uint8, rounded, at every border (files, npz, metrics)
+  seeds     every random draw is a function of (seed, step) in training and of (seed, image index) in sampling: a process
+            draws for the whole global batch and keeps its rows, so 1 and 8 processes see the same numbers and a resumed
+            run repeats the one that was cut
+  progress  is counted in steps; --batch-size is the global one, whatever the number of processes
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import typing
+import urllib.error
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from tqdm import tqdm
+
+
+def fail(message: str) -> typing.NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def cache_dir() -> Path:
+    """Where downloads, packed images and feature networks are kept: $MAETOK_CACHE, else ~/.cache/maetok."""
+    path = Path(os.environ.get("MAETOK_CACHE") or os.path.expanduser("~/.cache/maetok")).absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True):
+    """Hold an advisory lock file, so that two processes never prepare the same thing; released when the process dies."""
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            fail(f"{path.parent} is in use by another run; give this one its own --out")
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in data set: ten kinds of object, rendered from signed distances
+
+SHAPES = ("ball", "box", "triangle", "star", "heart", "ring", "cross", "moon", "drop", "flower")
+SHAPES_COUNT = {"train": 20_000, "val": 2_000}
+VAL_START = 2**32                                        # the validation images' indices begin here
+
+
+def hash_uniform(seed: int, index: np.ndarray, columns: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), len(index) x columns, a pure function of (seed, index, column) (SplitMix64)."""
+    x = np.asarray(index, np.uint64)[:, None] * np.uint64(columns) + np.arange(columns, dtype=np.uint64)
+    x = x + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / 2**24)
+
+
+def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Distance to the outline of a shape of about unit radius, negative inside; y points up."""
+    r, angle, ax, ay = torch.hypot(x, y), torch.atan2(x, y), x.abs(), y.abs()
+    if shape == "ball":
+        return r - 0.85
+    if shape == "box":
+        return torch.hypot((ax - 0.62).clamp(min=0), (ay - 0.62).clamp(min=0)) - 0.15
+    if shape == "triangle":
+        return torch.maximum(0.866 * ax + 0.5 * y, -y) - 0.48
+    if shape == "star":
+        fold = torch.remainder(angle + np.pi / 5, 2 * np.pi / 5) - np.pi / 5
+        return r * (0.78 * fold.sin().abs() + 0.63 * fold.cos()) - 0.6
+    if shape == "heart":
+        ax, y = 0.6 * ax, 0.6 * y + 0.55
+        lobe = torch.hypot(ax - 0.25, y - 0.75) - 0.354
+        along = 0.5 * (ax + y).clamp(min=0)
+        tip = torch.minimum(torch.hypot(ax, y - 1), torch.hypot(ax - along, y - along)) * (ax - y).sign()
+        return torch.where(ax + y > 1, lobe, tip) / 0.6
+    if shape == "ring":
+        return (r - 0.63).abs() - 0.25
+    if shape == "cross":
+        return torch.minimum(torch.maximum(ax - 0.31, ay - 0.88), torch.maximum(ay - 0.31, ax - 0.88))
+    if shape == "moon":
+        return torch.maximum(r - 0.92, 0.72 - torch.hypot(x - 0.5, y - 0.15))
+    if shape == "drop":
+        y = y + 0.3
+        return torch.where(0.86 * y < 0.5 * ax, torch.hypot(ax, y) - 0.6, 0.86 * ax + 0.5 * y - 0.6)
+    return 0.8 * (r - 0.68 - 0.2 * (5 * angle).cos())     # flower
+
+
+def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of the built-in set, a pure function of (seed, index): uint8 B x 3 x size x size, and labels in 0..9.
+
+    An upright object of free colour, size, place and pose, lit from a free direction, over a soft two-colour ground with
+    two glows and its shadow. Rendered at twice the size and averaged down.
+    """
+    index, w = np.asarray(index), 2 * size
+    label = torch.from_numpy((index % len(SHAPES)).astype(np.int64))
+    u = hash_uniform(seed, index, 32)
+    u[:, 10] = (u[:, 7] + 0.25 + 0.5 * u[:, 10]) % 1      # the ground's hue keeps away from the object's,
+    u[:, 13] = (u[:, 10] + 0.3 * (u[:, 13] - 0.5)) % 1    # each pair of colours stays together
+    u[:, 16] = (u[:, 7] + 0.24 * (u[:, 16] - 0.5)) % 1
+
+    def draw(column, low, high):
+        return (low + (high - low) * u[:, column])[:, None, None]
+
+    def color(column, saturation, value):                 # columns: hue, saturation, value
+        hue = ((((u[:, column, None] + torch.tensor([0, 2 / 3, 1 / 3])) % 1) * 6 - 3).abs() - 1).clamp(0, 1)
+        return (draw(column + 2, *value) * (1 - draw(column + 1, *saturation) * (1 - hue[:, :, None])))[..., None]
+
+    line = (torch.arange(w) + 0.5) / w * 2 - 1
+    right, up = line[None, None, :], -line[None, :, None]
+    turn, scale, aspect = draw(0, -0.3, 0.3), draw(1, 0.53, 0.85), draw(2, 0.9, 1.1)
+    dx, dy = right - draw(3, -0.28, 0.28), up - draw(4, -0.28, 0.28)
+    x = (dx * turn.cos() + dy * turn.sin()) / (scale * aspect)
+    y = (dy * turn.cos() - dx * turn.sin()) / (scale / aspect)
+    light = torch.stack(torch.broadcast_tensors(draw(5, -0.8, 0.8), draw(6, 0.25, 0.9), torch.tensor(0.9)))
+    d, shadow = torch.empty_like(x), torch.empty_like(x)
+    for c, shape in enumerate(SHAPES):
+        of = label == c
+        d[of] = signed_distance(shape, x[of], y[of]) * scale[of]
+        shadow[of] = signed_distance(shape, x[of] + 0.28 * light[0, of], y[of] + 0.22 * light[1, of]) * scale[of]
+
+    top, bottom = color(10, (0.1, 0.6), (0.3, 1.0)), color(13, (0.1, 0.6), (0.25, 0.9))
+    image = bottom + (top - bottom) * torch.sigmoid((up - draw(19, -0.5, 0.3)) / draw(20, 0.08, 0.6))[:, None]
+    for k in (21, 25):
+        glow = torch.exp(-((right - draw(k, -1, 1)) ** 2 + (up - draw(k + 1, -1, 1)) ** 2) / draw(k + 2, 0.05, 0.4))
+        image = image + (glow * draw(k + 3, -0.2, 0.3))[:, None]
+    image = image * (1 - 0.5 * torch.sigmoid(-shadow / 0.07))[:, None]
+
+    rim = 1 - (-d / 0.3).clamp(0, 1)                      # 1 at the outline, 0 on the plateau: a rounded relief
+    down_slope, right_slope = torch.gradient(0.55 * (1 - rim**2).clamp(min=1e-4).sqrt(), spacing=2 / w, dim=(1, 2))
+    normal = F.normalize(torch.stack([-right_slope, down_slope, torch.ones_like(d)]), dim=0)
+    light = F.normalize(light, dim=0)
+    half = F.normalize(light + torch.tensor([0.0, 0.0, 1.0])[:, None, None, None], dim=0)
+    diffuse, gloss = (normal * light).sum(0).clamp(min=0), (normal * half).sum(0).clamp(min=0) ** 24
+    body, tint = color(7, (0.4, 1.0), (0.4, 1.0)), color(16, (0.4, 1.0), (0.4, 1.0))
+    body = body + (tint - body) * torch.sigmoid(3 * (x * draw(29, -1, 1) + y * draw(30, -1, 1)))[:, None]
+    body = body * (0.35 + 0.75 * diffuse)[:, None] + (draw(31, 0, 0.6) * gloss)[:, None]
+    image = image + (body - image) * (0.5 - d * w / 2).clamp(0, 1)[:, None]
+    return to_uint8(F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1), label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of images
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+READ_ERRORS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError,
+               UnidentifiedImageError)                    # what Pillow raises for a damaged file
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] float -> 0..255 uint8, rounded."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x: torch.Tensor) -> torch.Tensor:
+    """0..255 uint8 -> [-1, 1] float."""
+    return x.float() / 127.5 - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's evaluation crop: halve by boxes while twice too large, then bicubic to the short side, then the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_image(path: str | Path, size: int) -> np.ndarray:
+    """One file as uint8 size x size x 3: first frame, transparency on white, 16 bits scaled to 8, any colour model.
+
+    The orientation tag is not applied, as in ADM and torchvision. Raises one of READ_ERRORS for a damaged file.
+    """
+    with Image.open(path) as image:
+        image.load()
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.asarray(image, np.float64)
+            top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if values.max(initial=0) <= 255 \
+                and image.mode == "F" else 65535.0
+            image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        longest = 16 * min(image.size)                    # a strip one pixel wide must not grow without bound
+        if max(image.size) > longest:
+            w, h = min(image.width, longest), min(image.height, longest)
+            left, top = (image.width - w) // 2, (image.height - h) // 2
+            image = image.crop((left, top, left + w, top + h))
+        return np.asarray(center_crop(image, size))
+
+
+def find_images(root: Path) -> list[str]:
+    """Image files below root, sorted, as relative paths; links are followed, loops and hidden names left out."""
+    found, seen = [], set()
+
+    def unreadable(error):
+        raise error
+
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders[:] = []
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in files
+                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
+    return sorted(found)
+
+
+def list_folder(root: Path) -> tuple[list[str], dict[str, list[tuple[str, int]]]]:
+    """Classes, and (path, label) of the train and val split of a folder.
+
+    Class folders, or a flat folder (one class, named "all"); train/ and val/ (or validation/, test/) below root if they
+    are there, else one image in twenty, chosen by the hash of its name, is kept for validation.
+    """
+    if not root.is_dir():
+        fail(f"--data {root}: no such folder, and not one of the names {', '.join(NAMED)}")
+    val = next((name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    split_roots = {"train": "train", "val": val} if (root / "train").is_dir() else {"train": "."}
+    files = {}
+    try:
+        for split, sub in split_roots.items():
+            if sub:
+                files[split] = [os.path.normpath(os.path.join(sub, f)) for f in find_images(root / sub)]
+    except OSError as error:
+        fail(f"--data {root}: cannot list {error.filename}: {error.strerror}")
+    if not files["train"]:
+        fail(f"--data {root}: no images found (looked for {' '.join(sorted(SUFFIXES))}, any case, in all subfolders)")
+
+    def class_of(split, path):
+        parts = Path(os.path.relpath(path, split_roots[split])).parts
+        return parts[0] if len(parts) > 1 else None
+
+    names = {class_of("train", path) for path in files["train"]}
+    if None in names and len(names) > 1:
+        loose = next(path for path in files["train"] if class_of("train", path) is None)
+        fail(f"--data {root}: {loose} lies beside class folders; use class folders only, or a flat folder only")
+    classes = sorted(names - {None}) or ["all"]
+    listing = {}
+    for split, paths in files.items():
+        strange = {class_of(split, path) for path in paths} - names
+        if strange:
+            fail(f"--data {root}: {split} has class {sorted(map(str, strange))[0]} which train has not")
+        listing[split] = [(path, 0 if classes == ["all"] else classes.index(class_of(split, path))) for path in paths]
+    if not listing.get("val"):
+        by_hash = sorted(listing["train"], key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
+        held_out = set(by_hash[: max(1, len(by_hash) // 20)])
+        listing["val"] = [item for item in listing["train"] if item in held_out]
+        listing["train"] = [item for item in listing["train"] if item not in held_out] or listing["train"]
+    return classes, listing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed images: {train,val}.npy uint8 n x S x S x 3, {train,val}_labels.npy, and meta.json, which is written last
+
+
+def pack_rows(job) -> tuple[int, list]:
+    """Worker of `pack`: decode some files into their rows; returns the job's number and the files it could not read."""
+    number, split, first, root, paths, out, size = job
+    rows, bad = np.load(Path(out) / f"{split}.npy", mmap_mode="r+"), []
+    for i, path in enumerate(paths):
+        try:
+            rows[first + i] = read_image(Path(root) / path, size)
+        except READ_ERRORS as error:
+            bad.append([split, first + i, path, " ".join(str(error).split()) or type(error).__name__])
+    rows.flush()
+    return number, bad
+
+
+def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None:
+    """Decode, crop and store a folder of images once; a broken-off packing is continued.
+
+    Unreadable files are named with their reason; more than 1 % of them ends the run with an error.
+    """
+    root, out = Path(root).absolute(), Path(out).absolute()
+    classes, listing = list_folder(root)
+    stat = {path: os.stat(root / path) for files in listing.values() for path, _ in files}
+    facts = [[split, path, label, stat[path].st_size] for split, files in listing.items() for path, label in files]
+    fingerprint = hashlib.sha256(json.dumps([size, facts]).encode()).hexdigest()[:16]
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock"):
+        if (out / "meta.json").exists():
+            if json.loads((out / "meta.json").read_text())["fingerprint"] == fingerprint:
+                return
+            fail(f"{out} holds another packed data set; remove it or give another --out")
+        progress = out / f"progress-{fingerprint}.jsonl"
+        done, bad = set(), []
+        if progress.exists():
+            for line in progress.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):    # the line in which the last run was cut
+                    number, more = json.loads(line)
+                    done.add(number)
+                    bad += more
+        else:
+            for split, files in listing.items():
+                np.lib.format.open_memmap(out / f"{split}.npy", "w+", np.uint8, (len(files), size, size, 3)).flush()
+            progress.touch()
+        jobs, chunk = [], 256
+        for split, files in listing.items():
+            for first in range(0, len(files), chunk):
+                paths = [path for path, _ in files[first:first + chunk]]
+                jobs.append((len(jobs), split, first, str(root), paths, str(out), size))
+        todo = [job for job in jobs if job[0] not in done]
+        workers = min(workers or os.cpu_count(), len(todo))
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=len(jobs) * chunk, initial=len(done) * chunk, unit=" images",
+                                           desc=f"packing {root.name}", disable=None))
+            log = stack.enter_context(open(progress, "a"))
+            if workers > 1 and len(todo) > 2:
+                pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+                results = pool.map(pack_rows, todo)
+            else:
+                results = map(pack_rows, todo)
+            for number, more in results:
+                bad += more
+                log.write(json.dumps([number, more]) + "\n")
+                log.flush()
+                bar.update(chunk)
+        total = sum(map(len, listing.values()))
+        for _, _, path, reason in bad:
+            tqdm.write(f"unreadable: {path!r}: {reason}")
+        if len(bad) > 0.01 * total:
+            fail(f"--data {root}: {len(bad)} of {total} images are unreadable (listed above), more than 1 %; "
+                 "mend or remove them")
+        for split, files in listing.items():
+            labels = np.array([label for _, label in files], np.int64)
+            labels[[row for where, row, _, _ in bad if where == split]] = -1     # rows without an image
+            np.save(out / f"{split}_labels.npy", labels)
+        meta = {"format": 1, "size": size, "classes": classes, "source": str(root), "fingerprint": fingerprint,
+                "images": {split: len(files) for split, files in listing.items()}, "unreadable": bad}
+        write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+        progress.unlink()
+
+
+def pack_arrays(out: Path, size: int, classes: list[str], fingerprint: str, splits: dict) -> None:
+    """The same layout from images already in memory: {split: (uint8 n x S x S x 3, labels)}."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, (images, labels) in splits.items():
+        np.save(out / f"{split}.npy", images)
+        np.save(out / f"{split}_labels.npy", np.asarray(labels, np.int64))
+    meta = {"format": 1, "size": size, "classes": classes, "source": out.name, "fingerprint": fingerprint,
+            "images": {split: len(labels) for split, (_, labels) in splits.items()}, "unreadable": []}
+    write_atomically(out / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets by name
+
+CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+           "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
+IMAGENETTE = ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
+              "569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188e158c")
+NAMED = ("shapes", "cifar10", "imagenette")
+
+
+def download(url: str, path: Path, sha256: str, hint: str = "") -> Path:
+    """Fetch url to path unless it is there; the hash is checked before the file gets its name (torch.hub)."""
+    if not path.exists():
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+        except (urllib.error.URLError, OSError, RuntimeError, EOFError) as error:
+            fail(f"cannot get {path.name} from {url}: {error}. Put the file at {path}{hint}")
+    return path
+
+
+def extract(archive: Path, out: Path) -> Path:
+    """Unpack a tar file into `out`, which appears only when whole; members that point outside it are refused."""
+    if not out.exists():
+        part = out.with_name(out.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(part, filter="data")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            fail(f"{archive} cannot be unpacked: {error}; remove it to fetch it anew")
+        part.rename(out)
+    return out
+
+
+def prepare(data: str, size: int) -> Path:
+    """The packed folder for --data at --size, made in the cache on first use."""
+    cache = cache_dir()
+    if (Path(data) / "meta.json").is_file():
+        return Path(data)
+    if data == "shapes":
+        out = cache / f"shapes-{size}"
+        with locked(cache / f"{out.name}.lock"):
+            if not (out / "meta.json").exists():
+                splits = {}
+                for split, n in SHAPES_COUNT.items():
+                    start, images, labels = (0 if split == "train" else VAL_START), [], []
+                    chunk = max(1, 2**18 // size**2)
+                    for i in tqdm(range(0, n, chunk), desc=f"rendering shapes, {split}", disable=None):
+                        x, y = render_shapes(np.arange(start + i, start + min(i + chunk, n)), size)
+                        images.append(x.permute(0, 2, 3, 1).numpy())
+                        labels.append(y.numpy())
+                    splits[split] = np.concatenate(images), np.concatenate(labels)
+                pack_arrays(out, size, list(SHAPES), f"shapes-1-{size}", splits)
+        return out
+    if data == "cifar10":
+        if size != 32:
+            fail(f"--data cifar10 has images of 32 px, not --size {size}")
+        out = cache / "cifar10"
+        with locked(cache / "cifar10.lock"):
+            if not (out / "meta.json").exists():
+                folder = extract(download(CIFAR10[0], cache / CIFAR10[0].rsplit("/", 1)[1], CIFAR10[1]),
+                                 cache / "cifar10-files") / "cifar-10-batches-bin"
+                splits = {}
+                for split, names in (("train", [f"data_batch_{i}.bin" for i in range(1, 6)]), ("val", ["test_batch.bin"])):
+                    rows = np.concatenate([np.fromfile(folder / f, np.uint8).reshape(-1, 3073) for f in names])
+                    splits[split] = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
+                classes = (folder / "batches.meta.txt").read_text().split()
+                pack_arrays(out, 32, classes, "cifar10", splits)
+        return out
+    if data == "imagenette":
+        with locked(cache / "imagenette.lock"):
+            archive = download(IMAGENETTE[0], cache / IMAGENETTE[0].rsplit("/", 1)[1], IMAGENETTE[1])
+            root = extract(archive, cache / "imagenette-files") / "imagenette2-320"
+    else:
+        root = Path(data).absolute()
+        list_folder(root)                                # fails with its own line before anything is written
+    out = cache / f"{root.name}-{size}-{hashlib.sha256(os.fsencode(str(root))).hexdigest()[:8]}"
+    if (out / "meta.json").exists():                     # packed before: packed anew if the folder has changed
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(None):
+            pack(root, size, out)
+            return out
+        shutil.rmtree(out)
+    pack(root, size, out)
+    return out
+
+
+@dataclass
+class Images:
+    """One split of a packed data set. `pixels` may be memory-mapped; rows without an image are left out by `rows`."""
+    pixels: np.ndarray | torch.Tensor                    # uint8 n x S x S x 3
+    labels: torch.Tensor                                 # int64 in 0..K-1
+    classes: list[str]
+    fingerprint: str
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index) -> torch.Tensor:
+        """uint8 B x 3 x S x S of these images, on the CPU or wherever `pixels` is."""
+        if isinstance(self.pixels, torch.Tensor):
+            return self.pixels[torch.as_tensor(index, device=self.pixels.device)].permute(0, 3, 1, 2)
+        index = np.asarray(index)
+        pixels = self.pixels[index if self.rows is None else self.rows[index]]
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+
+
+def load_images(data: str, size: int, split: str) -> Images:
+    """Split "train" or "val" of a data set by name, of a folder, or of what `pack` wrote."""
+    path = prepare(data, size)
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        if meta["size"] != size:
+            fail(f"--data {data} was packed at {meta['size']} px, not --size {size}")
+        pixels, labels = np.load(path / f"{split}.npy", mmap_mode="r"), np.load(path / f"{split}_labels.npy")
+        if pixels.shape != (len(labels), size, size, 3) or pixels.dtype != np.uint8:
+            raise ValueError(f"{split}.npy is {pixels.dtype} {pixels.shape}")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        fail(f"{path} is not a whole packed data set ({error}); remove it and run again")
+    rows = np.flatnonzero(labels >= 0)
+    whole = len(rows) == len(labels)
+    return Images(pixels, torch.from_numpy(labels[rows]), meta["classes"], meta["fingerprint"], None if whole else rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 1, epoch]).permutation(n)
+
+
+def batch_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The images of global step `step`: a window on the endless row of shuffled epochs, a function of its arguments."""
+    at, index = step * batch, []
+    while len(index) < batch:
+        epoch, offset = divmod(at + len(index), n)
+        index.extend(epoch_order(n, seed, epoch)[offset:offset + batch - len(index)])
+    return np.array(index)
+
+
+class Batches:
+    """Training batches: `batches(step)` gives this process's rows of the global batch, float in [-1, 1], and labels.
+
+    The whole set lives on the device if it takes less than a third of its free memory; else one thread gathers the
+    next batch from the memory map while the current one is used. `waited` counts the seconds spent waiting for data.
+    """
+
+    def __init__(self, images: Images, batch: int, seed: int, run: "Run", flip: bool = True):
+        self.images, self.batch, self.seed, self.run, self.flip = images, batch, seed, run, flip
+        self.waited, self.pool, self.ahead = 0.0, None, {}
+        pixels = images.pixels
+        if run.device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(run.device)[0] / 3:
+            rows = pixels if images.rows is None else pixels[images.rows]
+            self.images = dataclasses.replace(images, pixels=torch.from_numpy(np.array(rows)).to(run.device), rows=None)
+        elif run.device.type == "cuda" or pixels.nbytes > 2**31:
+            self.pool = ThreadPoolExecutor(1)
+
+    def gather(self, step):
+        index = batch_indices(len(self.images), self.batch, self.seed, step)[self.run.rows(self.batch)]
+        x = self.images[index]
+        return (x.pin_memory() if self.pool and self.run.device.type == "cuda" else x), self.images.labels[index]
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = time.perf_counter()
+        if self.pool:
+            x, y = (self.ahead.pop(step, None) or self.pool.submit(self.gather, step)).result()
+            self.ahead = {step + 1: self.pool.submit(self.gather, step + 1)}
+        else:
+            x, y = self.gather(step)
+        self.waited += time.perf_counter() - start
+        x = to_float(x.to(self.run.device, non_blocking=True))
+        if self.flip:
+            flip = np.random.default_rng([self.seed, 2, step]).random(self.batch)[self.run.rows(self.batch)] < 0.5
+            x = torch.where(torch.from_numpy(flip).to(x.device)[:, None, None, None], x.flip(3), x)
+        return x, y.to(self.run.device, non_blocking=True)
+
+
+# =====================================================================================================================
+# THE RUN AROUND A STAGE: settings, processes, optimizer, EMA, checkpoints, log, pictures
+# =====================================================================================================================
+
+
+def setting(default, help: str, choices: tuple = ()):
+    """A field of a stage's config: its default and what --help says of it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Common:
+    """Settings that every stage has."""
+    seed: int = setting(0, "seed of everything random in this run")
+    fresh: bool = setting(False, "start over, ignoring what --out holds")
+    compile: bool = setting(torch.cuda.is_available(), "torch.compile the networks (needs a C++ compiler on a CPU)")
+    precision: str = setting("auto", "matrix arithmetic: auto is bf16 where the hardware multiplies it",
+                             ("auto", "fp32", "bf16"))
+
+
+def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str] | None = None):
+    """Command line -> config: defaults, then --preset NAME, then the flags; every mistake is one line and exit 2."""
+    types = typing.get_type_hints(cls)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)),
+                            help=f"a set of settings; flags override it (default {next(iter(presets))})")
+    for f in dataclasses.fields(cls):
+        flag, default = "--" + f.name.replace("_", "-"), f" (default {f.default})" if f.default != "" else ""
+        if types[f.name] is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                                help=f.metadata["help"] + ("" if sys.version_info < (3, 13) else default))
+        else:
+            parser.add_argument(flag, type=types[f.name], choices=f.metadata["choices"] or None,
+                                metavar=None if f.metadata["choices"] else types[f.name].__name__.upper(),
+                                default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + default)
+    given = vars(parser.parse_args(argv))
+    preset = presets.get(given.pop("preset", None), {})
+    cfg = cls(**(preset | given))
+    try:
+        cfg.check()
+    except ValueError as error:
+        parser.error(str(error))
+    cfg_note = "  ".join(f"{k}={v}" for k, v in given.items()) or "nothing"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{parser.prog}: changed from the preset: {cfg_note}", flush=True)
+    return cfg
+
+
+@dataclass
+class Run:
+    """This process among the others, its device and precision."""
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """This process's rows of a global batch."""
+        return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
+
+    def print(self, *text) -> None:
+        if self.main:
+            tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+            sys.stdout.flush()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def generator(self, seed: int, *stream: int) -> torch.Generator:
+        """A generator on the device, a function of the seed and the stream (a purpose and a step, say)."""
+        state = int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> 1)
+        return torch.Generator(self.device).manual_seed(state)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def first(self, make):
+        """make() on the first process, then on the others: one prepares what all read."""
+        if self.rank:
+            self.barrier()
+        result = make()
+        if not self.rank:
+            self.barrier()
+        return result
+
+    def parallel(self, model: torch.nn.Module, compiled: bool = False) -> torch.nn.Module:
+        """The model as training calls it: compiled if asked for, gradients averaged over the processes."""
+        model = torch.compile(model) if compiled else model
+        if self.world == 1:
+            return model
+        ids = [self.device] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def start(cfg, out: str | Path | None = None) -> Run:
+    """Join the processes torchrun started (or be the only one), choose the device and the precision, lock `out`."""
+    rank, world, local = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        device, bf16 = torch.device("cpu"), fast_bf16()
+    if world > 1 and not dist.is_initialized():
+        # Preparing a large data set on one process can take hours; torchrun ends the others at once if one dies.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if cfg.precision == "auto":
+        cfg.precision = "bf16" if bf16 else "fp32"
+    run = Run(rank, world, device, cfg.precision)
+    if out is not None and run.main:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        run.lock = contextlib.ExitStack()
+        run.lock.enter_context(locked(Path(out) / ".lock", wait=False))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    run.print(f"{world} process{'es' if world > 1 else ''} on {name}, {cfg.precision}, torch {torch.__version__}")
+    return run
+
+
+def micro_batches(model, batch: int, micro: int):
+    """Slices of a process's batch that fit in memory; gradients are exchanged at the last one only."""
+    count = -(-batch // micro) if micro else 1
+    for i in range(count):
+        last = i == count - 1
+        hold = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with hold:
+            yield slice(batch * i // count, batch * (i + 1) // count)
+
+
+def make_optimizers(model: torch.nn.Module, cfg) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the hidden matrices and AdamW for the rest (cfg.optimizer).
+
+    Hidden matrices are the 2-D weights inside transformer blocks; embeddings, heads, norms and biases stay with AdamW.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if cfg.optimizer == "muon" and p.ndim == 2 and "blocks." in name]
+    ids = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in ids]
+    groups = [{"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], cfg.lr, (0.9, cfg.beta2), fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def optimizer_step(optimizers, params: list, scale: float, clip: float) -> torch.Tensor:
+    """Clip, set the learning rates to `scale` of their peaks, step, clear; returns the gradient norm, on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(params, clip or float("inf"))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """Share of the peak learning rate: linear warm-up, then constant, or cosine or linear to a tenth."""
+    done = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+    decay = {"constant": 1.0, "cosine": 0.55 + 0.45 * np.cos(np.pi * done), "linear": 1 - 0.9 * done}[schedule]
+    return min(1.0, (step + 1) / max(1, warmup)) * float(decay)
+
+
+class Ema:
+    """Exponential moving average of a model's parameters, fp32, in `ema.model`; the horizon grows with the run."""
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+        self.source, self.target = [p.detach() for p in model.parameters()], list(self.model.parameters())
+
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.target, self.source, 1 - min(self.decay, (step + 1) / (step + 10)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename: the file is the old or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(part, path)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """A dict of tensors, numbers, strings and dicts of them, written atomically; the old file survives a full disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as handle:
+            torch.save(state, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the checkpoint before it is untouched")
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """What save_checkpoint wrote for this kind of model, on the CPU, never running code from the file."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such checkpoint; it is written by {kind}.py")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["kind"]
+    except Exception as error:                           # torch.load raises many types for a damaged file
+        fail(f"{path} is not a whole checkpoint ({type(error).__name__}); remove it or start with --fresh")
+    if found != kind:
+        fail(f"{path} is a checkpoint of {found}.py, not of {kind}.py")
+    return state
+
+
+FREE = {"fresh", "compile", "out", "log_every", "save_every", "preview_every", "micro_batch"}
+
+
+def resume(path: Path, kind: str, cfg, run: Run) -> dict | None:
+    """The checkpoint to go on from, or None; a run with other settings is refused with the first difference."""
+    if cfg.fresh or not path.exists():
+        return None
+    state = load_checkpoint(path, kind)
+    for name, old in state["config"].items():
+        new = getattr(cfg, name, None)
+        if name not in FREE and old != new:
+            fail(f"{path} was made with --{name.replace('_', '-')} {old}, now {new}; "
+                 "use the same, --fresh to start over, or another --out")
+    run.print(f"continuing {path} at step {state['step']}")
+    return state
+
+
+def commit() -> str:
+    """The commit of the source tree, or "unknown"."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
+                              capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def write_json(path: Path, facts: dict) -> None:
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+class Log:
+    """One line on the terminal and one in log.jsonl every `every` steps: means of the terms since the line before.
+
+    Terms stay on the device until then, so a step never waits for the host. Also carries the progress bar.
+    """
+
+    def __init__(self, run: Run, path: Path, stage: str, step: int, steps: int, batch: int, every: int, batches):
+        self.run, self.path, self.stage, self.steps, self.batch = run, path, stage, steps, batch
+        self.every, self.batches = max(1, every), batches
+        self.bar = tqdm(total=steps, initial=step, desc=stage, disable=None if run.main else True, mininterval=1)
+        if run.main and path.exists():                   # lines after the checkpoint we continue from will come again
+            kept = []
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    entry = json.loads(line)
+                    kept += [line] if entry["stage"] != stage or entry["step"] <= step else []
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        self.clear()
+
+    def clear(self):
+        self.terms, self.count, self.start, self.waited = {}, 0, time.perf_counter(), self.batches.waited
+
+    def __call__(self, step: int, **terms: torch.Tensor) -> None:
+        """Add the terms of step `step` (counted from 1)."""
+        for name, value in terms.items():
+            value = value.detach().float()
+            self.terms[name] = self.terms[name] + value if name in self.terms else value
+        self.count += 1
+        self.bar.update()
+        if step % self.every and step != self.steps:
+            return
+        values = self.run.sum(torch.stack(list(self.terms.values()))) / self.count / self.run.world
+        entry = {"stage": self.stage, "step": step, "images": step * self.batch}
+        entry |= {name: float(f"{v:.6g}") for name, v in zip(self.terms, values.tolist())}
+        seconds = time.perf_counter() - self.start
+        entry |= {"images_per_s": round(self.count * self.batch / seconds, 1),
+                  "data_wait": round((self.batches.waited - self.waited) / seconds, 4), "memory_gib": memory_gib(self.run)}
+        bad = [name for name in self.terms if not np.isfinite(entry[name])]
+        if self.run.main:
+            with open(self.path, "a") as handle:
+                handle.write(json.dumps(entry) + "\n")
+            shown = "  ".join(f"{name} {entry[name]:.4g}" for name in self.terms)
+            self.bar.set_postfix_str(shown)
+            self.run.print(f"{self.stage} {step}/{self.steps}  {shown}  {entry['images_per_s']:.0f} images/s  "
+                           f"data wait {entry['data_wait']:.1%}  {entry['memory_gib']} GiB")
+        if bad:
+            fail(f"{self.stage}: {bad[0]} is not finite by step {step}; the last checkpoint is kept. "
+                 "Try a lower --lr or --precision fp32")
+        self.clear()
+
+
+def memory_gib(run: Run) -> float:
+    """Memory in use: the GPU's peak, or this process's resident set."""
+    if run.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    with open("/proc/self/statm") as handle:
+        return round(int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30, 2)
+
+
+def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles: list[str] = (), names: list[str] = ()) -> None:
+    """A picture of uint8 N x 3 x S x S, row by row; small images are enlarged. Titles over columns, names under cells."""
+    n, _, s, _ = images.shape
+    zoom, gap = max(1, 96 // s), 2
+    cell, head, foot = s * zoom, 16 if titles else 0, 14 if names else 0
+    rows = -(-n // columns)
+    sheet = Image.new("RGB", (columns * (cell + gap) - gap, head + rows * (cell + foot + gap) - gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, title in enumerate(titles):
+        pen.text((i * (cell + gap) + 2, 2), title, "black")
+    for i, image in enumerate(images.cpu()):
+        x, y = i % columns * (cell + gap), head + i // columns * (cell + foot + gap)
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x, y))
+        if names:
+            pen.text((x + 2, y + cell + 1), names[i], "black")
+    part = Path(path).with_suffix(".part.png")
+    sheet.save(part)
+    os.replace(part, path)
+
+
+@dataclass
+class PackConfig:
+    data: str = setting("", "folder of images: class folders or flat, with or without train/ and val/")
+    size: int = setting(256, "side of the stored images, in pixels")
+    out: str = setting("", "folder to write; give it to the other scripts as --data")
+    workers: int = setting(0, "decoding processes; 0: one per core")
+
+    def check(self):
+        if not self.data or not self.out or self.size < 1:
+            raise ValueError("--data DIR, --out DIR and a positive --size are needed")
+
+
+def main():
+    cfg = parse_config(PackConfig, {}, "Pack a folder of images once, for fast and repeatable training.")
+    pack(cfg.data, cfg.size, cfg.out, cfg.workers)
+    for split in ("train", "val"):
+        images = load_images(cfg.out, cfg.size, split)
+        print(f"{cfg.out}: {split} {len(images)} images of {cfg.size} px, {len(images.classes)} classes")
+
+
+if __name__ == "__main__":
+    main()
