@@ -813,6 +813,34 @@ def commit() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
+def array_file(path: Path, shape: tuple, dtype) -> np.ndarray:
+    """A memory-mapped .npy of this shape to write into: the one that is there, or a new one of zeros."""
+    if path.exists():
+        return np.load(path, mmap_mode="r+")
+    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+
+
+class Chunks:
+    """Work on n items in chunks, shared out over the processes and restartable: iterating gives this process's undone
+    (start, stop); a chunk is marked in `done` when the loop comes back for the next one, so write it out before."""
+
+    def __init__(self, folder: Path, n: int, chunk: int, run: Run, what: str):
+        self.n, self.chunk, self.run, self.what = n, chunk, run, what
+        self.done = array_file(folder / "done.npy", (-(-n // chunk),), np.uint8)
+
+    def __iter__(self):
+        mine = [c for c in range(len(self.done)) if c % self.run.world == self.run.rank and not self.done[c]]
+        bar = tqdm(total=sum(min(self.chunk, self.n - c * self.chunk) for c in mine), unit=" images", desc=self.what,
+                   disable=None if self.run.main else True)
+        for c in mine:
+            start, stop = c * self.chunk, min((c + 1) * self.chunk, self.n)
+            yield start, stop
+            self.done[c] = 1
+            self.done.flush()
+            bar.update(stop - start)
+        bar.close()
+
+
 def write_json(path: Path, facts: dict) -> None:
     write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
 
@@ -820,7 +848,8 @@ def write_json(path: Path, facts: dict) -> None:
 class Log:
     """One line on the terminal and one in log.jsonl every `every` steps: means of the terms since the line before.
 
-    Terms stay on the device until then, so a step never waits for the host. Also carries the progress bar.
+    A term is a value, or a pair (sum, count) whose ratio is shown. Terms stay on the device until the line is due, so a
+    step never waits for the host. Also carries the progress bar.
     """
 
     def __init__(self, run: Run, path: Path, stage: str, step: int, steps: int, batch: int, every: int, batches):
@@ -842,13 +871,14 @@ class Log:
     def __call__(self, step: int, **terms: torch.Tensor) -> None:
         """Add the terms of step `step` (counted from 1)."""
         for name, value in terms.items():
-            value = value.detach().float()
-            self.terms[name] = self.terms[name] + value if name in self.terms else value
+            pair = torch.stack(value) if isinstance(value, tuple) else torch.stack([value, torch.ones_like(value)])
+            self.terms[name] = self.terms.get(name, 0) + pair.detach().float()
         self.count += 1
         self.bar.update()
         if step % self.every and step != self.steps:
             return
-        values = self.run.sum(torch.stack(list(self.terms.values()))) / self.count / self.run.world
+        sums = self.run.sum(torch.stack(list(self.terms.values())))
+        values = sums[:, 0] / sums[:, 1]
         entry = {"stage": self.stage, "step": step, "images": step * self.batch}
         entry |= {name: float(f"{v:.6g}") for name, v in zip(self.terms, values.tolist())}
         seconds = time.perf_counter() - self.start

@@ -1,0 +1,524 @@
+"""SiT: a flow-matching transformer on the tokenizer's latents (arXiv 2401.08740; MAETok Sec. 4).
+
+    torchrun diffusion.py                                # encodes the data once, trains -> out/diffusion/
+
+A latent x is one row of L tokens with H channels, normalised; eps is Gaussian noise of the same shape. Time t runs from 0
+(data) to 1 (noise): x_t = alpha x + sigma eps, and the network learns the velocity v = alpha' x + sigma' eps, on the linear
+path eps - x. Sampling follows v from t = 1 to t = 0.
+"""
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import (Chunks, Common, Ema, Images, Log, Run, array_file, batch_indices, commit, fail, learning_rate,
+                  load_checkpoint, load_images, make_optimizers, micro_batches, optimizer_step, parse_config, resume,
+                  save_checkpoint, save_grid, setting, start, to_float, to_uint8, write_json)
+from fid import Judge
+from tokenizer import Attention, Mlp, Tokenizer, load_tokenizer, reconstruct, restore
+
+
+@dataclass
+class Config(Common):
+    """Defaults are the preset `quick`."""
+    tokenizer: str = setting("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py; it also names the data and the size")
+    out: str = setting("out/diffusion", "folder for ckpt.pt, latents/, log.jsonl, samples.png, metrics.json")
+    width: int = setting(192, "width D")
+    depth: int = setting(6, "layers")
+    heads: int = setting(3, "attention heads")
+    qk_norm: bool = setting(False, "normalise queries and keys")
+    path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
+    time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
+    label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
+    steps: int = setting(2000, "training steps")
+    batch_size: int = setting(256, "latents per step, over all processes")
+    micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
+    optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
+                             ("adamw", "muon"))
+    lr: float = setting(1e-3, "peak learning rate of AdamW")
+    muon_lr: float = setting(1e-2, "peak learning rate of Muon")
+    beta2: float = setting(0.99, "second beta of AdamW")
+    weight_decay: float = setting(0.0, "weight decay")
+    schedule: str = setting("cosine", "learning rate after the warm-up", ("constant", "cosine", "linear"))
+    warmup: int = setting(50, "steps of linear warm-up")
+    clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
+    ema: float = setting(0.998, "decay of the weight average")
+    sampler: str = setting("heun", "solver for previews and the evaluation", ("euler", "heun", "sde"))
+    sampling_steps: int = setting(25, "its steps")
+    guidance: float = setting(1.5, "its guidance scale; 1: none")
+    guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
+    guidance_high: float = setting(0.75, "... and t <= guidance_high")
+    samples: int = setting(2000, "images sampled for the evaluation after training; 0: none")
+    log_every: int = setting(200, "steps between lines of the log")
+    save_every: int = setting(500, "steps between checkpoints")
+    preview_every: int = setting(500, "steps between previews in samples.png")
+
+    def check(self):
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"--width {self.width} must be even and a multiple of --heads {self.heads}")
+        if min(self.width, self.depth, self.heads, self.batch_size, self.sampling_steps) < 1 or self.steps < 0:
+            raise ValueError("sizes, --batch-size and numbers of steps must be positive")
+
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+PRESETS = {"quick": {}} | {
+    f"sit-{name.lower()}": dict(                         # the paper's Tables 8 and 9
+        width=width, depth=depth, heads=heads, steps=4_000_000, batch_size=256, optimizer="adamw", lr=1e-4, beta2=0.999,
+        weight_decay=0.0, schedule="constant", warmup=0, ema=0.9999, sampler="sde", sampling_steps=250, guidance=1.9,
+        guidance_high=0.75, samples=50_000, save_every=10_000, preview_every=10_000)
+    for name, (width, depth, heads) in SIZES.items()}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def sinusoid(x: torch.Tensor, width: int) -> torch.Tensor:
+    """cos and sin of x at `width`/2 frequencies from 1 down to 1/10000, cosines first: x is t in [0, 1], unscaled."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=x.device) / (width // 2))
+    angles = x.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def token_positions(length: int, width: int) -> torch.Tensor:
+    """1 x L x D table of sines (even channels) and cosines (odd ones) of the token's number."""
+    angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, width, 2).double() / width)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[None].float()
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class SiTBlock(nn.Module):
+    """A transformer layer whose norms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(width, heads, qk_norm)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(width, "tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(sinusoid(t, 256))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class SiT(nn.Module):
+    """Velocity of latents x (B x L x H) at times t (B, in [0, 1]) for classes y (B, in 0..K; K is the null class).
+
+    Parameters bear the names of the released checkpoints.
+    """
+
+    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.shape, self.null = (length, channels), classes
+        self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)
+        self.x_embedder = nn.Linear(channels, width)
+        self.t_embedder, self.y_embedder = TimeEmbedder(width), LabelEmbedder(classes, width)
+        self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(width, channels)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(m.weight, std=0.02)
+        for m in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
+                  self.final_layer.linear):
+            nn.init.zeros_(m.weight)
+
+    def forward(self, x, t, y):
+        c = self.t_embedder(t) + self.y_embedder(y)                                   # B x D
+        x = self.x_embedder(x) + self.pos_embed                                       # B x L x D
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c).float()                                         # B x L x H
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow matching
+
+
+def interpolant(t, path: str):
+    """alpha, sigma and their derivatives at t, for a tensor or a number."""
+    if path == "linear":
+        return 1 - t, t, 0 * t - 1, 0 * t + 1
+    half_pi, t = math.pi / 2, torch.as_tensor(t)
+    alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
+    return alpha, sigma, -half_pi * sigma, half_pi * alpha
+
+
+def draw_times(n: int, distribution: str, path: str, generator: torch.Generator) -> torch.Tensor:
+    """Training times: uniform, or the log-normal noise level sigma/alpha = exp(N(0, 1)) expressed as t."""
+    if distribution == "uniform":
+        return torch.rand(n, generator=generator, device=generator.device)
+    return lognormal_times(torch.randn(n, generator=generator, device=generator.device), path)
+
+
+def lognormal_times(normal: torch.Tensor, path: str) -> torch.Tensor:
+    level = normal.exp()
+    return level / (1 + level) if path == "linear" else 2 / math.pi * torch.atan(level)
+
+
+def velocity_loss(model, x, noise, t, y, path: str) -> torch.Tensor:
+    """Squared error of the velocity at x_t = alpha x + sigma noise, mean over tokens and channels; one per sample."""
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in interpolant(t, path))
+    velocity = model(alpha * x + sigma * noise, t, y)
+    return (velocity - (d_alpha * x + d_sigma * noise)).square().mean((1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling. The state is float64, so that the sum of hundreds of small steps does not round; the network works in its own.
+
+
+def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0):
+    """velocity(x, t, gate=t) with classifier-free guidance where low <= gate <= high: v_null + scale (v_class - v_null).
+
+    Outside the interval, and for scale <= 1, only the class branch is computed. The gate is the time at the start of the
+    step also for Heun's second evaluation, as in the official sampler.
+    """
+    null = torch.full_like(y, model.null)
+
+    def velocity(x, t, gate=None):
+        x, times = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
+        if scale <= 1 or not low <= (t if gate is None else gate) <= high:
+            return model(x, times, y).double()
+        v = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).double()
+        with_class, without = v.chunk(2)
+        return without + scale * (with_class - without)
+
+    return velocity
+
+
+def sample_ode(velocity, noise: torch.Tensor, steps: int, heun: bool = False) -> torch.Tensor:
+    """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with a plain last step (2*steps - 1 calls)."""
+    times = np.linspace(1, 0, steps + 1)
+    x = noise.double()
+    for t, following in zip(times[:-1], times[1:]):
+        v = velocity(x, t)
+        if heun and following > 0:
+            v = (v + velocity(x + (following - t) * v, following, gate=t)) / 2
+        x = x + (following - t) * v
+    return x
+
+
+def sample_sde(velocity, noise: torch.Tensor, steps: int, path: str, draw) -> torch.Tensor:
+    """Euler-Maruyama with diffusion g^2 = 2t: steps - 1 noisy steps from t = 1 to 0.04, then one without noise to 0.
+
+    The score follows from the velocity; guidance, being inside it, acts on the whole drift. draw() gives N(0, 1) like x.
+    """
+    times = np.append(np.linspace(1, 0.04, steps), 0.0)
+    x = noise.double()
+    for t, following in zip(times[:-1], times[1:]):
+        dt = following - t
+        v = velocity(x, t)
+        alpha, sigma, d_alpha, d_sigma = (float(c) for c in interpolant(t, path))
+        ratio = alpha / d_alpha
+        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
+        x = x + (v - t * score) * dt
+        if following > 0:
+            x = x + math.sqrt(2 * t * -dt) * draw().double()
+    return x
+
+
+class ImageNoise:
+    """Noise of samples number `index`, each from a generator of its own, a function of (seed, number): B x L x H."""
+
+    def __init__(self, index, seed: int, shape: tuple[int, int], device: torch.device):
+        self.shape, self.device = shape, device
+        seeds = (int(np.random.SeedSequence([seed, 6, int(i)]).generate_state(1, np.uint64)[0] >> 1) for i in index)
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+
+    def __call__(self) -> torch.Tensor:
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+@dataclass
+class Sampling:
+    """How to sample; everything a result depends on besides the weights."""
+    sampler: str = "heun"
+    steps: int = 25
+    guidance: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(model: SiT, decode, index, y: torch.Tensor, how: Sampling, path: str, run: Run) -> torch.Tensor:
+    """uint8 images number `index` of classes y, through `decode` (normalised latents -> images in [-1, 1])."""
+    draw = ImageNoise(index, how.seed, model.shape, run.device)
+    with run.autocast():
+        velocity = guided_velocity(model, y.to(run.device), how.guidance, how.low, how.high)
+        if how.sampler == "sde":
+            x = sample_sde(velocity, draw(), how.steps, path, draw)
+        else:
+            x = sample_ode(velocity, draw(), how.steps, heun=how.sampler == "heun")
+        return to_uint8(decode(x.float())).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents of the whole data set, encoded once
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of all weights that decide the latents."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.startswith(("encoder.", "to_latent.")):
+            digest.update(name.encode())
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, chunk: int = 500) -> dict:
+    """Write latents.npy (n x 2 x L x H float16: the image and its mirror image), labels.npy and meta.json with the
+    statistics; return meta. Shared out over the processes, continued where it was cut, refused if it is of other things.
+    """
+    belongs = {"tokenizer": fingerprint(tokenizer), "data": images.fingerprint, "images": len(images)}
+    meta = folder / "meta.json"
+    started = folder / "belongs.json"
+
+    def prepare():
+        folder.mkdir(parents=True, exist_ok=True)
+        if started.exists() and json.loads(started.read_text()) != belongs:
+            fail(f"{folder} holds latents of another tokenizer, size or data set; remove it or give another --out")
+        if not started.exists():
+            write_json(started, belongs)
+        x = to_float(images[np.arange(1)].to(run.device))
+        shape = (len(images), 2, *tokenizer.encode(x).shape[1:])
+        array_file(folder / "latents.npy", shape, np.float16)
+        array_file(folder / "done.npy", (-(-len(images) // chunk),), np.uint8)
+
+    if run.main:
+        prepare()
+    run.barrier()
+    if not meta.exists():
+        latents = np.load(folder / "latents.npy", mmap_mode="r+")
+        for i, j in Chunks(folder, len(images), chunk, run, "encoding"):
+            x = to_float(images[np.arange(i, j)].to(run.device))
+            for side, view in enumerate((x, x.flip(3))):
+                with run.autocast():
+                    latents[i:j, side] = tokenizer.encode(view).float().cpu().numpy()
+            latents.flush()
+        run.barrier()
+        if run.main:
+            total, squares = 0.0, 0.0
+            for i in range(0, len(latents), 4096):
+                z = latents[i:i + 4096].astype(np.float64).reshape(-1, latents.shape[-1])
+                total, squares = total + z.sum(0), squares + (z**2).sum(0)
+            count = latents.size / latents.shape[-1]
+            mean = total / count
+            std = np.sqrt(squares / count - mean**2)
+            np.save(folder / "labels.npy", images.labels.numpy())
+            write_json(meta, belongs | {"mean": mean.tolist(), "std": std.tolist()})
+        run.barrier()
+    return json.loads(meta.read_text())
+
+
+class LatentBatches:
+    """`batches(step)`: this process's rows of the global batch, normalised, each image or its mirror image; and labels."""
+
+    def __init__(self, folder: Path, mean, std, cfg: Config, run: Run):
+        latents = np.load(folder / "latents.npy", mmap_mode="r")
+        self.latents, self.waited = latents, 0.0
+        if run.device.type == "cpu" or latents.nbytes < torch.cuda.mem_get_info(run.device)[0] / 3:
+            self.latents = torch.from_numpy(np.array(latents)).to(run.device)
+        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        self.mean, self.std, self.cfg, self.run = mean, std, cfg, run
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start, cfg = time.perf_counter(), self.cfg
+        rows = self.run.rows(cfg.batch_size)
+        index = batch_indices(len(self.labels), cfg.batch_size, cfg.seed, step)[rows]
+        side = np.random.default_rng([cfg.seed, 2, step]).integers(0, 2, cfg.batch_size)[rows]
+        if isinstance(self.latents, torch.Tensor):
+            x = self.latents[torch.from_numpy(index), torch.from_numpy(side)]
+        else:
+            x = torch.from_numpy(self.latents[index, side]).to(self.run.device, non_blocking=True)
+        self.waited += time.perf_counter() - start
+        return (x.float() - self.mean) / self.std, self.labels[index].to(self.run.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build(cfg: Config, length: int, channels: int, classes: int) -> SiT:
+    return SiT(length, channels, classes, cfg.width, cfg.depth, cfg.heads, cfg.qk_norm)
+
+
+def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict | None) -> SiT:
+    """Flow matching with dropped labels; returns the averaged model."""
+    torch.manual_seed(cfg.seed)
+    mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
+    batches = LatentBatches(folder, mean, std, cfg, run)
+    model = build(cfg, *batches.latents.shape[2:], len(facts["classes"])).to(run.device)
+    ema, optimizers, done = Ema(model, cfg.ema), make_optimizers(model, cfg), 0
+    if state:
+        done = restore(state, model, ema, optimizers)
+    parallel, params = run.parallel(model, cfg.compile), [p for p in model.parameters() if p.requires_grad]
+    log = Log(run, Path(cfg.out) / "log.jsonl", "diffusion", done, cfg.steps, cfg.batch_size, cfg.log_every, batches)
+    edges = torch.tensor([0.25, 0.5, 0.75], device=run.device)
+    for step in range(done, cfg.steps):
+        x, y = batches(step)
+        generator, rows = run.generator(cfg.seed, 7, step), run.rows(cfg.batch_size)
+        t = draw_times(cfg.batch_size, cfg.time, cfg.path, generator)[rows]
+        drop = torch.rand(cfg.batch_size, generator=generator, device=run.device)[rows] < cfg.label_dropout
+        noise = torch.randn(cfg.batch_size, *x.shape[1:], generator=generator, device=run.device)[rows]
+        y = torch.where(drop, model.null, y)
+        losses = []
+        for part in micro_batches(parallel, len(x), cfg.micro_batch):
+            with run.autocast():
+                loss = velocity_loss(parallel, x[part], noise[part], t[part], y[part], cfg.path)
+            (loss.sum() / len(x)).backward()
+            losses.append(loss.detach())
+        loss = torch.cat(losses)
+        terms = {"loss": loss.mean()}
+        in_bin = F.one_hot(torch.bucketize(t, edges), 4).float()                      # B x 4: which quarter of [0, 1]
+        for k, name in enumerate(("t<.25", "t<.5", "t<.75", "t<1")):
+            terms[name] = ((loss * in_bin[:, k]).sum(), in_bin[:, k].sum())
+        rate = learning_rate(step, cfg.steps, cfg.warmup, cfg.schedule)
+        terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
+        ema.update(step)
+        log(step + 1, **terms)
+        if run.main and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+            save_checkpoint(Path(cfg.out) / "ckpt.pt", {
+                "kind": "diffusion", "config": dataclasses.asdict(cfg), "step": step + 1, "model": model.state_dict(),
+                "ema": ema.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **facts})
+        if run.main and ((step + 1) % cfg.preview_every == 0 or step + 1 == cfg.steps):
+            preview(ema.model)
+    return ema.model
+
+
+def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config, dict]:
+    """The averaged model of a checkpoint in evaluation mode, its config, and the facts stored with it (mean, std, ...)."""
+    state = load_checkpoint(path, "diffusion")
+    cfg, ema = Config(**state["config"]), state["ema"]
+    model = build(cfg, ema["pos_embed"].shape[1], ema["x_embedder.weight"].shape[1], len(state["classes"]))
+    model.load_state_dict(ema)
+    return model.to(device).eval().requires_grad_(False), cfg, state
+
+
+def latent_decoder(tokenizer: Tokenizer, mean: torch.Tensor, std: torch.Tensor):
+    """Normalised latents -> images in [-1, 1]."""
+    return lambda x: tokenizer.decode(x * std + mean)
+
+
+def main():
+    cfg = parse_config(Config, PRESETS, __doc__)
+    run = start(cfg, cfg.out)
+    out, began = Path(cfg.out), time.time()
+    state = resume(out / "ckpt.pt", "diffusion", cfg, run)
+    tokenizer, tok = load_tokenizer(cfg.tokenizer, run.device)
+    images = run.first(lambda: load_images(tok.data, tok.size, "train"))
+    if cfg.fresh and run.main and (out / "latents").exists():
+        for file in (out / "latents").iterdir():
+            file.unlink()
+    meta = encode_data(tokenizer, images, out / "latents", run)
+    facts = {"mean": meta["mean"], "std": meta["std"], "classes": images.classes, "data": tok.data, "size": tok.size,
+             "tokenizer_weights": meta["tokenizer"]}
+    mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
+    decode = latent_decoder(tokenizer, mean, std)
+    classes = len(images.classes)
+    how = Sampling(cfg.sampler, cfg.sampling_steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
+    run.print(f"latents of {len(images)} images: {tok.latents} x {tok.channels}, std {[round(s, 2) for s in meta['std']]}")
+
+    def preview(model):
+        per = max(1, min(8, 80 // classes))
+        shown = min(classes, 10)
+        y = torch.arange(shown).repeat(per)
+        names = [] if classes == 1 else [images.classes[c] for c in range(shown)]
+        save_grid(out / "samples.png", generate(model, decode, range(len(y)), y, how, cfg.path, run), shown, names)
+
+    model = train(cfg, run, out / "latents", facts, preview, state)
+    if cfg.samples:
+        evaluate(cfg, run, model, tokenizer, decode, images, how, facts, began)
+    run.barrier()
+
+
+def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, images: Images, how: Sampling, facts: dict,
+             began: float) -> None:
+    """Score samples beside what bounds them: real and reconstructed validation images above, decoded noise below."""
+    n, classes = cfg.samples, len(images.classes)
+    y = torch.arange(n) % classes
+    val = load_images(facts["data"], facts["size"], "val")
+    if classes == 1:
+        run.print("one class: fd_classifier is not available, the samples are in samples.png")
+        return
+    judge = Judge(images, val, run)
+
+    class Made:                                          # images made when the judge asks for them
+        def __init__(self, count, make):
+            self.count, self.make = count, make
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            return self.make(index)
+
+    with torch.no_grad():
+        shape = model.shape
+        noise = Made(n, lambda i: to_uint8(decode(ImageNoise(i, cfg.seed, shape, run.device)())))
+        rows = {"samples": judge(Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run)), y),
+                "decoded noise": judge(noise, y),
+                "reconstructed validation images": judge(Made(len(val), lambda i: reconstruct(tokenizer, val[i], run)),
+                                                         val.labels),
+                "real validation images": judge.reference}
+    if run.main:
+        write_json(Path(cfg.out) / "metrics.json", {
+            "rows": rows, "sampling": dataclasses.asdict(how), "labels": "balanced", "features": "classifier",
+            "against": f"{len(images)} training images of {facts['data']}", "steps": cfg.steps, "seed": cfg.seed,
+            "precision": cfg.precision, "commit": commit(), "seconds": round(time.time() - began)})
+        for name, row in rows.items():
+            run.print(f"{name:32s} N={row['images']:<6d} fd_classifier {row['fd_classifier']:8.3f}   "
+                      f"recognised by class {row['class_accuracy']:6.1%}")
+        run.print(f"wrote {cfg.out}/ckpt.pt, samples.png, metrics.json in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
