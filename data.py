@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def locked(path: Path, wait: bool = True):
 # The built-in data set: ten kinds of object, rendered from signed distances
 
 SHAPES = ("ball", "box", "triangle", "star", "heart", "ring", "cross", "moon", "drop", "flower")
+SHAPES_VERSION = 1                                       # part of the cache's name: raise it when the pictures change
 SHAPES_COUNT = {"train": 20_000, "val": 2_000}
 VAL_START = 2**32                                        # the validation images' indices begin here
 
@@ -132,8 +134,8 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[torch.Te
 
     line = (torch.arange(w) + 0.5) / w * 2 - 1
     right, up = line[None, None, :], -line[None, :, None]
-    turn, scale, aspect = draw(0, -0.3, 0.3), draw(1, 0.53, 0.85), draw(2, 0.9, 1.1)
-    dx, dy = right - draw(3, -0.28, 0.28), up - draw(4, -0.28, 0.28)
+    turn, scale, aspect = draw(0, -0.3, 0.3), draw(1, 0.65, 0.95), draw(2, 0.9, 1.1)
+    dx, dy = right - draw(3, -0.3, 0.3), up - draw(4, -0.3, 0.3)
     x = (dx * turn.cos() + dy * turn.sin()) / (scale * aspect)
     y = (dy * turn.cos() - dx * turn.sin()) / (scale / aspect)
     light = torch.stack(torch.broadcast_tensors(draw(5, -0.8, 0.8), draw(6, 0.25, 0.9), torch.tensor(0.9)))
@@ -267,7 +269,7 @@ def list_folder(root: Path) -> tuple[list[str], dict[str, list[tuple[str, int]]]
     for split, paths in files.items():
         strange = {class_of(split, path) for path in paths} - names
         if strange:
-            fail(f"--data {root}: {split} has class {sorted(map(str, strange))[0]} which train has not")
+            fail(f"--data {root}: {split} has class {min(map(str, strange))} which train has not")
         listing[split] = [(path, 0 if classes == ["all"] else classes.index(class_of(split, path))) for path in paths]
     if not listing.get("val"):
         by_hash = sorted(listing["train"], key=lambda item: hashlib.sha256(os.fsencode(item[0])).digest())
@@ -411,7 +413,7 @@ def prepare(data: str, size: int) -> Path:
     if (Path(data) / "meta.json").is_file():
         return Path(data)
     if data == "shapes":
-        out = cache / f"shapes-{size}"
+        out = cache / f"shapes-{SHAPES_VERSION}-{size}"
         with locked(cache / f"{out.name}.lock"):
             if not (out / "meta.json").exists():
                 splits = {}
@@ -423,7 +425,7 @@ def prepare(data: str, size: int) -> Path:
                         images.append(x.permute(0, 2, 3, 1).numpy())
                         labels.append(y.numpy())
                     splits[split] = np.concatenate(images), np.concatenate(labels)
-                pack_arrays(out, size, list(SHAPES), f"shapes-1-{size}", splits)
+                pack_arrays(out, size, list(SHAPES), out.name, splits)
         return out
     if data == "cifar10":
         if size != 32:
@@ -596,7 +598,7 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
     except ValueError as error:
         parser.error(str(error))
     cfg_note = "  ".join(f"{k}={v}" for k, v in given.items()) or "nothing"
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"{parser.prog}: changed from the preset: {cfg_note}", flush=True)
     return cfg
 
@@ -666,7 +668,8 @@ def fast_bf16() -> bool:
 
 def start(cfg, out: str | Path | None = None) -> Run:
     """Join the processes torchrun started (or be the only one), choose the device and the precision, lock `out`."""
-    rank, world, local = (int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(name, d)) for name, d in
+                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -779,14 +782,15 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["kind"]
-    except Exception as error:                           # torch.load raises many types for a damaged file
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, IndexError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:            # what torch.load raises for a damaged or foreign file
         fail(f"{path} is not a whole checkpoint ({type(error).__name__}); remove it or start with --fresh")
     if found != kind:
         fail(f"{path} is a checkpoint of {found}.py, not of {kind}.py")
     return state
 
 
-FREE = {"fresh", "compile", "out", "log_every", "save_every", "preview_every", "micro_batch"}
+FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch"}
 
 
 def resume(path: Path, kind: str, cfg, run: Run) -> dict | None:
@@ -807,7 +811,7 @@ def commit() -> str:
     """The commit of the source tree, or "unknown"."""
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, text=True,
-                              capture_output=True, timeout=10)
+                              capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

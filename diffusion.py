@@ -6,9 +6,9 @@ A latent x is one row of L tokens with H channels, normalised; eps is Gaussian n
 (data) to 1 (noise): x_t = alpha x + sigma eps, and the network learns the velocity v = alpha' x + sigma' eps, on the linear
 path eps - x. Sampling follows v from t = 1 to t = 0.
 """
-import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -17,12 +17,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
-from data import (Chunks, Common, Ema, Images, Log, Run, array_file, batch_indices, commit, fail, learning_rate,
-                  load_checkpoint, load_images, make_optimizers, micro_batches, optimizer_step, parse_config, resume,
-                  save_checkpoint, save_grid, setting, start, to_float, to_uint8, write_json)
+from data import (
+    Chunks,
+    Common,
+    Ema,
+    Images,
+    Log,
+    Run,
+    array_file,
+    batch_indices,
+    commit,
+    fail,
+    learning_rate,
+    load_checkpoint,
+    load_images,
+    make_optimizers,
+    micro_batches,
+    optimizer_step,
+    parse_config,
+    resume,
+    save_checkpoint,
+    save_grid,
+    setting,
+    start,
+    to_float,
+    to_uint8,
+    write_json,
+)
 from fid import Judge
 from tokenizer import Attention, Mlp, Tokenizer, load_tokenizer, reconstruct, restore
 
@@ -71,10 +95,11 @@ class Config(Common):
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 PRESETS = {"quick": {}} | {
-    f"sit-{name.lower()}": dict(                         # the paper's Tables 8 and 9
-        width=width, depth=depth, heads=heads, steps=4_000_000, batch_size=256, optimizer="adamw", lr=1e-4, beta2=0.999,
-        weight_decay=0.0, schedule="constant", warmup=0, ema=0.9999, sampler="sde", sampling_steps=250, guidance=1.9,
-        guidance_high=0.75, samples=50_000, save_every=10_000, preview_every=10_000)
+    f"sit-{name.lower()}": {                             # the paper's Tables 8 and 9
+        "width": width, "depth": depth, "heads": heads, "steps": 4_000_000, "batch_size": 256, "optimizer": "adamw",
+        "lr": 1e-4, "beta2": 0.999, "weight_decay": 0.0, "schedule": "constant", "warmup": 0, "ema": 0.9999,
+        "sampler": "sde", "sampling_steps": 250, "guidance": 1.9, "guidance_high": 0.75, "samples": 50_000,
+        "save_every": 10_000, "preview_every": 10_000}
     for name, (width, depth, heads) in SIZES.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +261,7 @@ def sample_ode(velocity, noise: torch.Tensor, steps: int, heun: bool = False) ->
     """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with a plain last step (2*steps - 1 calls)."""
     times = np.linspace(1, 0, steps + 1)
     x = noise.double()
-    for t, following in zip(times[:-1], times[1:]):
+    for t, following in itertools.pairwise(times):
         v = velocity(x, t)
         if heun and following > 0:
             v = (v + velocity(x + (following - t) * v, following, gate=t)) / 2
@@ -251,7 +276,7 @@ def sample_sde(velocity, noise: torch.Tensor, steps: int, path: str, draw) -> to
     """
     times = np.append(np.linspace(1, 0.04, steps), 0.0)
     x = noise.double()
-    for t, following in zip(times[:-1], times[1:]):
+    for t, following in itertools.pairwise(times):
         dt = following - t
         v = velocity(x, t)
         alpha, sigma, d_alpha, d_sigma = (float(c) for c in interpolant(t, path))

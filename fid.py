@@ -5,6 +5,7 @@
 A Frechet distance is named after its features: `fd_classifier` uses a small network trained here on the labels of the data
 set itself, and says nothing about numbers published as FID, which need the Inception weights of 2015.
 """
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -12,12 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from data import (Batches, Common, Images, Run, cache_dir, commit, fail, learning_rate, load_images, locked,
-                  parse_config, save_checkpoint, setting, start, to_float, write_json)
+from data import (
+    Batches,
+    Common,
+    Images,
+    Run,
+    cache_dir,
+    commit,
+    fail,
+    learning_rate,
+    load_images,
+    locked,
+    parse_config,
+    save_checkpoint,
+    setting,
+    start,
+    to_float,
+    write_json,
+)
 
 
 @dataclass
@@ -83,7 +100,7 @@ class Classifier(nn.Module):
         widths = (3, 32, 64, 128, self.WIDTH)
         self.stages = nn.Sequential(*(nn.Sequential(
             nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False), nn.BatchNorm2d(o), nn.GELU()
-        ) for i, o in zip(widths, widths[1:])))
+        ) for i, o in itertools.pairwise(widths)))
         self.head = nn.Linear(self.WIDTH, classes)
 
     def forward(self, x):
@@ -95,7 +112,10 @@ class Classifier(nn.Module):
 
 
 def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100) -> Classifier:
-    """Fit the classifier to the training labels, in one process; deterministic on one kind of device."""
+    """Fit the classifier to the training labels, in one process; deterministic on one kind of device.
+
+    Half of the batches are halved and enlarged again, so that it goes by the object and not by single sharp pixels.
+    """
     torch.manual_seed(0)
     net = Classifier(len(train.classes)).to(run.device, memory_format=torch.channels_last)
     params = list(net.parameters())
@@ -105,6 +125,8 @@ def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * learning_rate(step, steps, steps // 10, "linear")
         x, y = batches(step)
+        if step % 2:
+            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         with run.autocast():
             loss = F.cross_entropy(net(x)[1], y, label_smoothing=0.05)
         optimizer.zero_grad()

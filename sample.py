@@ -1,0 +1,120 @@
+"""Images from a trained pair of tokenizer and diffusion model.
+
+    torchrun sample.py                                   # -> out/samples/samples.npz, grid.png
+    torchrun --nproc_per_node=8 sample.py --n 50000      # shared out; killed and started again, it goes on
+
+Image number i is a function of the weights, the settings and (seed, i), whatever the number of processes.
+"""
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import Chunks, Common, Run, array_file, commit, fail, parse_config, save_grid, setting, start, write_json
+from diffusion import Sampling, fingerprint, generate, latent_decoder, load_diffusion
+from tokenizer import load_tokenizer
+
+
+@dataclass
+class Config(Common):
+    model: str = setting("out/diffusion/ckpt.pt", "checkpoint of diffusion.py")
+    tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
+    out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
+    n: int = setting(2000, "number of images")
+    labels: str = setting("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
+    sampler: str = setting("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
+                           ("euler", "heun", "sde"))
+    steps: int = setting(25, "steps of the sampler")
+    guidance: float = setting(1.5, "scale of classifier-free guidance; 1: none")
+    guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
+    guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
+    batch_size: int = setting(250, "images a process makes at a time")
+
+    def check(self):
+        if min(self.n, self.steps, self.batch_size) < 1:
+            raise ValueError("--n, --steps and --batch-size must be positive")
+        if self.guidance < 1 or not 0 <= self.guidance_low <= self.guidance_high <= 1:
+            raise ValueError("--guidance >= 1 and 0 <= --guidance-low <= --guidance-high <= 1 are needed")
+
+
+def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarray:
+    """The class of each of n images."""
+    if rule == "balanced":
+        return np.arange(n) % len(classes)
+    if rule == "random":
+        return np.random.default_rng([seed, 8]).integers(0, len(classes), n)
+    chosen = []
+    for word in rule.split(","):
+        if word in classes:
+            chosen.append(classes.index(word))
+        elif word.isdecimal() and int(word) < len(classes):
+            chosen.append(int(word))
+        else:
+            fail(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
+    return np.array(chosen)[np.arange(n) % len(chosen)]
+
+
+def main():
+    cfg, began = parse_config(Config, {}, __doc__), time.time()
+    run = start(cfg, cfg.out)
+    model, trained, state = load_diffusion(cfg.model, run.device)
+    tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
+    if fingerprint(tokenizer) != state["tokenizer_weights"]:
+        fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {cfg.model} was trained on")
+    mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
+    decode, classes = latent_decoder(tokenizer, mean, std), state["classes"]
+    labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
+    guidance = 1.0 if len(classes) == 1 else cfg.guidance
+    how = Sampling(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
+    weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in [*model.parameters(), *tokenizer.parameters()]))
+    facts = dataclasses.asdict(how) | {
+        "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
+        "training_steps": state["step"], "weights": weights.hexdigest()[:16], "precision": run.precision,
+        "batch_size": cfg.batch_size, "commit": commit()}
+    out = Path(cfg.out)
+    images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
+        model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, trained.path, run))
+    if run.main:
+        part = out / "samples.part.npz"
+        np.savez(part, arr_0=images, labels=labels, classes=np.array(classes), facts=np.array(json.dumps(facts)))
+        part.replace(out / "samples.npz")
+        shown = min(cfg.n, 80)
+        columns = min(10, len(classes) if len(classes) > 1 else 8)
+        save_grid(out / "grid.png", torch.from_numpy(np.array(images[:shown])).permute(0, 3, 1, 2), columns,
+                  names=[classes[c] for c in labels[:shown]] if len(classes) > 1 else [])
+        shutil.rmtree(out / "parts")
+        calls = {"euler": cfg.steps, "heun": 2 * cfg.steps - 1, "sde": cfg.steps}[cfg.sampler]
+        run.print(f"{cfg.n} images of {cfg.model} ({cfg.sampler}, {calls} network calls, guidance {guidance:g} on "
+                  f"[{cfg.guidance_low:g}, {cfg.guidance_high:g}], {cfg.labels} labels, {run.precision})")
+        run.print(f"wrote {out}/samples.npz, grid.png in {time.time() - began:.0f} s")
+    run.barrier()
+
+
+def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.ndarray:
+    """All images as one memory-mapped uint8 n x S x S x 3, written in blocks as they come and continued where it was cut."""
+    belongs = folder / "belongs.json"
+    if run.main:
+        if cfg.fresh or (belongs.exists() and json.loads(belongs.read_text()) != facts):
+            run.print(f"starting over: {folder} is of other settings or weights")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        array_file(folder / "images.npy", (cfg.n, facts["size"], facts["size"], 3), np.uint8)
+        array_file(folder / "done.npy", (-(-cfg.n // cfg.batch_size),), np.uint8)
+        write_json(belongs, facts)
+    run.barrier()
+    images = np.load(folder / "images.npy", mmap_mode="r+")
+    for i, j in Chunks(folder, cfg.n, cfg.batch_size, run, "sampling"):
+        images[i:j] = make(i, j).permute(0, 2, 3, 1).numpy()
+        images.flush()
+    run.barrier()
+    return images
+
+
+if __name__ == "__main__":
+    main()
