@@ -31,6 +31,7 @@ from data import (
     Log,
     Run,
     commit,
+    fail,
     learning_rate,
     load_checkpoint,
     load_images,
@@ -486,6 +487,61 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The released weights
+
+RENAMED = (("post_quant_conv.", "decoder.from_latent."), ("quant_conv.", "to_latent."), ("to_pixel.model.", "head."),
+           (".model.", "."), ("cls_token", "class_token"), (".freqs", ".rope_freqs"), ("patch_embed.proj", "patch_embed"),
+           ("adaLN_modulation", "modulation"))
+
+
+def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_heads: int = 0) -> tuple[Tokenizer, Config]:
+    """The released AEModel's state dict as our Tokenizer; heads default to 64 channels each, as all released sizes have.
+
+    Folded away exactly: LayerScale (into the matrix before it) and what never reaches the output (RoPE grids, the
+    decoder's position table beside RoPE, its patch embedding, the modulation of its last norm). A key that is missing or
+    left over is an error that names it.
+    """
+    rope = "encoder.freqs" in weights
+    dead = ("freqs_t_x", "freqs_t_y", "decoder.model.patch_embed.", "decoder.model.norm.adaLN_modulation.")
+    dead += ("decoder.model.pos_embed",) if rope else ()
+    ours = {}
+    for key, value in weights.items():
+        if any(word in key for word in dead) or key.endswith("gamma"):
+            continue
+        module = key.rpartition(".")[0]
+        gamma = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}.get(".".join(module.split(".")[-2:]))
+        gamma = weights.get(module.rpartition(".")[0].rpartition(".")[0] + f".{gamma}")
+        if gamma is not None:
+            value = value * (gamma[:, None] if value.ndim == 2 else gamma)
+        if key.endswith("patch_embed.proj.weight"):
+            value = value.permute(0, 2, 3, 1).flatten(1)  # to patchify's order: row, column, channel
+        for old, new in RENAMED:
+            key = key.replace(old, new)
+        ours[key] = value
+    try:
+        patch = math.isqrt(ours["encoder.patch_embed.weight"].shape[1] // 3)
+        rows = ours["encoder.pos_embed"].shape[1] - 1
+        width, dec_width = (ours[f"{side}.mask_token"].shape[-1] if f"{side}.mask_token" in ours else
+                            ours[f"{side}.latent_pos_embed"].shape[-1] for side in ("encoder", "decoder"))
+        depth, dec_depth = (len({k.split(".")[2] for k in ours if k.startswith(f"{side}.blocks.")})
+                            for side in ("encoder", "decoder"))
+        cfg = Config(size=patch * math.isqrt(rows), patch=patch, latents=ours["encoder.latent_tokens"].shape[1],
+                     channels=ours["to_latent.weight"].shape[0], width=width, depth=depth,
+                     heads=enc_heads or width // 64, dec_width=dec_width, dec_depth=dec_depth,
+                     dec_heads=dec_heads or dec_width // 64, targets="none", positions="rope" if rope else "table",
+                     decoder="modulated" if "decoder.blocks.0.modulation.1.weight" in ours else "plain",
+                     dec_class_token="decoder.class_token" in ours)
+    except KeyError as error:
+        fail(f"not a released tokenizer: {error} is missing")
+    ours.setdefault("encoder.mask_token", torch.zeros(1, 1, width))      # models trained without masking have none
+    model = Tokenizer(cfg)
+    missing, extra = model.load_state_dict(ours, strict=False)
+    if missing or extra:
+        fail(f"not a released tokenizer: {'missing ' + missing[0] if missing else 'unknown ' + extra[0]}")
+    return model.eval().requires_grad_(False), cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -529,13 +585,13 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return score.flatten(1).mean(1)
 
 
-def linear_probe(train_z, train_y, val_z, val_y, classes: int) -> float:
+def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
     """Accuracy of logistic regression on the flattened, standardised latents (paper Fig. 5a)."""
     z, v = train_z.flatten(1).double(), val_z.flatten(1).double()
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, v = (z - mean) / std, (v - mean) / std
     w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()

@@ -1,0 +1,732 @@
+"""All tests: `python -m pytest -q test_all.py`. CPU only; the scripts run end to end at a tiny size in subprocesses.
+
+Reference values are read from ../shared/goldens where that folder is (the full set), else from assets/goldens.
+"""
+import ast
+import http.server
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import diffusion
+import fid
+import sample
+import tokenizer
+
+HERE = Path(__file__).resolve().parent
+GOLDENS = next(p for p in (HERE.parent / "shared/goldens", HERE / "assets/goldens") if p.is_dir())
+STAGES = ("data", "fid", "tokenizer", "diffusion", "sample")
+
+
+def golden(name: str) -> tuple[dict, dict, dict]:
+    """Arrays, weights under their official names, and the case of one golden file."""
+    with np.load(GOLDENS / f"{name}.npz") as z:
+        tensors = {k: torch.from_numpy(z[k]) for k in z.files if z[k].dtype.kind in "fiub" and z[k].ndim}
+        case = json.loads(str(z["case" if "case" in z.files else "meta"]))
+        tensors |= {k: z[k].item() for k in z.files if z[k].ndim == 0 and z[k].dtype.kind in "fi"}
+    weights = {k[3:]: v for k, v in tensors.items() if k.startswith("sd/")}
+    return tensors, weights, case
+
+
+def names(family: str, pattern: str) -> list[str]:
+    return sorted(f"{family}/{p.stem}" for p in (GOLDENS / family).glob(pattern))
+
+
+def close(ours, theirs, rtol=1e-4):
+    """Largest difference relative to the largest value."""
+    theirs = torch.as_tensor(theirs, dtype=torch.float64)
+    error = (torch.as_tensor(ours).double() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)
+    assert error <= rtol, f"relative error {error:.2e}"
+
+
+def cpu_run(precision="fp32") -> data.Run:
+    return data.Run(0, 1, torch.device("cpu"), precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement with the reference implementations
+
+
+@pytest.mark.parametrize("name", names("maetok", "tokenizer_*"))
+def test_tokenizer_agrees_with_official(name):
+    t, weights, case = golden(name)
+    model, _ = tokenizer.from_official(weights, case["enc"]["num_heads"], case["dec"]["num_heads"])
+    close(model.encoder(t["image"]), t["encoder_tokens"])
+    close(model.encode(t["image"]), t["latents"])
+    close(model(t["image"])[0], t["reconstruction"])
+    close(model.decode(t["free_latents"]), t["free_reconstruction"])
+    if "mask" in t:
+        close(model.encode(t["image"], t["mask"].bool()), t["masked_latents"])
+        close(model(t["image"], t["mask"].bool())[0], t["masked_reconstruction"])
+
+
+def test_official_weights_with_a_wrong_key_are_refused():
+    _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
+    heads = case["enc"]["num_heads"], case["dec"]["num_heads"]
+    with pytest.raises(SystemExit, match="unknown encoder.surprise"):
+        tokenizer.from_official(weights | {"encoder.surprise": torch.zeros(1)}, *heads)
+    del weights["encoder.model.blocks.1.mlp.fc1.bias"]
+    with pytest.raises(SystemExit, match=r"missing encoder.blocks.1.mlp.fc1.bias"):
+        tokenizer.from_official(weights, *heads)
+
+
+@pytest.mark.parametrize("name", names("maetok", "rope_*"))
+def test_rope_agrees_with_official(name):
+    t, _, case = golden(name)
+    heads = case["num_heads"]
+    for grid in ("grid", "other"):
+        columns, rows = t[f"{grid}_xy"].tolist()
+        cos, sin = tokenizer.rope_tables(t["freqs"], heads, (rows, columns), 0, 0)
+        close(cos, t[f"{grid}_cos"])
+        close(sin, t[f"{grid}_sin"])
+        for layer in range(len(cos)):
+            close(tokenizer.rotate(t[f"{grid}_q"], cos[layer], sin[layer]), t[f"{grid}_q_rot"][layer])
+            close(tokenizer.rotate(t[f"{grid}_k"], cos[layer], sin[layer]), t[f"{grid}_k_rot"][layer])
+
+
+@pytest.mark.parametrize("name", names("maetok", "hog_*"))
+def test_hog_agrees_with_official(name):
+    t, _, _ = golden(name)
+    torch.testing.assert_close(tokenizer.hog(t["image_u8"].float() / 127.5 - 1, 16), t["hog"], atol=1e-5, rtol=0)
+
+
+def build_sit(weights, args) -> diffusion.SiT:
+    model = diffusion.SiT(args["input_size"], args["in_channels"], args["num_classes"], args["hidden_size"], args["depth"],
+                          args["num_heads"], args["qk_norm"])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", names("maetok", "sit_tiny_*"))
+def test_sit_agrees_with_official(name):
+    t, weights, case = golden(name)
+    model = build_sit(weights, case["args"])
+    close(diffusion.sinusoid(t["t"], 256), t["t_sinusoid"])
+    close(model.t_embedder(t["t"]), t["t_embed"])
+    close(model(t["x"], t["t"], t["y"]), t["velocity"])
+    if case["keep_pos_embed"]:
+        close(diffusion.token_positions(*model.pos_embed.shape[1:]), weights["pos_embed"])
+
+
+@pytest.mark.parametrize("name", names("maetok", "loss_*"))
+def test_flow_loss_agrees_with_official(name):
+    t, weights, case = golden(name)
+    model = build_sit(weights, case["args"])
+    for path in ("linear", "cosine"):
+        for times in ("uniform", "lognormal"):
+            at = t["uniform_t"] if times == "uniform" else diffusion.lognormal_times(t["rnd_normal"], path)
+            close(at, t[f"{path}_{times}_t"])
+            loss = diffusion.velocity_loss(model, t["x"], t["noise"], at.flatten(), t["y"], path)
+            close(loss, t[f"{path}_{times}_loss"])
+
+
+@pytest.mark.parametrize("name", names("maetok", "sampler_*"))
+@torch.no_grad()
+def test_samplers_agree_with_official(name):
+    t, weights, case = golden(name)
+    model, calls = build_sit(weights, case["args"]), []
+    model.register_forward_pre_hook(lambda _, args: calls.append((args[1][0].item(), len(args[0]))))
+    for suffix, scale in (("cfg1", 1.0), ("cfg", t["cfg_scale"])):
+        velocity = diffusion.guided_velocity(model, t["y"], scale, *case["interval"])
+        solvers = {"euler": lambda v=velocity: diffusion.sample_ode(v, t["noise"], t["num_steps"]),
+                   "heun": lambda v=velocity: diffusion.sample_ode(v, t["noise"], t["num_steps"], heun=True)}
+        for path in ("linear", "cosine"):
+            solvers[f"sde_{path}"] = lambda v=velocity, p=path: diffusion.sample_sde(
+                v, t["noise"], t["num_steps"], p, iter(t["sde_eps"]).__next__)
+        for solver, solve in solvers.items():
+            calls.clear()
+            close(solve(), t[f"{solver}_{suffix}"])
+            close([c[0] for c in calls], t[f"{solver}_{suffix}_call_t"], 1e-6)
+            assert [c[1] for c in calls] == t[f"{solver}_{suffix}_call_rows"].tolist()
+
+
+@pytest.mark.parametrize("name", names("metrics", "frechet*"))
+def test_frechet_distance_agrees_with_exact(name):
+    t, _, _ = golden(name)
+    moments = {}
+    for tag in "ABCD":
+        whole = fid.Moments(t["feat_A"].shape[1], torch.device("cpu"))
+        for part in t[f"feat_{tag}"].split(37):
+            whole.add(part)
+        moments[tag] = whole.finish(cpu_run())
+    for pair in ("AB", "CD", "AC"):                      # C and D have fewer samples than dimensions
+        distance = fid.frechet_distance(*moments[pair[0]], *moments[pair[1]])
+        assert distance == pytest.approx(t[f"fid_exact_{pair}"], rel=1e-6)
+    assert fid.frechet_distance(*moments["A"], *moments["A"]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Closed forms
+
+
+def test_patchify_inverts_and_orders():
+    x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    p = tokenizer.patchify(x, 4)
+    assert p.shape == (2, 4, 48)
+    torch.testing.assert_close(tokenizer.unpatchify(p, 4), x)
+    assert p[0, 1, 3 * (2 * 4 + 1) + 2] == x[0, 2, 2, 4 + 1]       # patch 1 is right of patch 0; row, column, channel
+
+
+def test_mask_hides_what_it_should():
+    g = torch.Generator().manual_seed(0)
+    mask = tokenizer.random_mask(64, 16, 0.45, g)
+    assert (mask.sum(1) == math.ceil(16 * 0.45)).all()
+    assert mask.float().mean(0).std() < 0.15             # every place is as likely
+    ratios = [tokenizer.draw_mask_ratio(0.4, 0.6, 0, step) for step in range(4000)]
+    assert 0.4 <= min(ratios) and max(ratios) <= 0.6
+    assert np.quantile(ratios, [0.25, 0.5, 0.75]) == pytest.approx([0.457, 0.508, 0.555], abs=0.006)
+
+
+def test_hidden_pixels_do_not_reach_the_latents():
+    model = tokenizer.Tokenizer(tokenizer.Config()).eval()
+    x, mask = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, :9] = True
+    other = tokenizer.unpatchify(torch.where(mask[..., None], torch.randn(2, 16, 192), tokenizer.patchify(x, 8)), 8)
+    torch.testing.assert_close(model.encode(x, mask), model.encode(other, mask))
+    assert not torch.allclose(model.encode(x), model.encode(other))
+
+
+def test_masked_loss_counts_hidden_patches_only():
+    prediction, target, mask = torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), torch.tensor([[True, False, True, False]])
+    target[0, 1] = 100
+    target[0, 2] = 3
+    assert tokenizer.masked_mse(prediction, target, mask) == 4.5
+
+
+def test_gaussian_data_is_solved_with_the_right_order():
+    """For data N(m, s^2) the velocity is known, and the flow map takes noise e to m + s e."""
+    m, s = 0.7, 0.4
+
+    def velocity(x, t, gate=None):
+        variance = (1 - t) ** 2 * s**2 + t**2
+        return (t - (1 - t) * s**2) / variance * (x - (1 - t) * m) - m
+
+    noise = torch.randn(4000, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = m + s * noise
+
+    def error(steps, heun):
+        return (diffusion.sample_ode(velocity, noise, steps, heun) - exact).abs().mean()
+
+    assert error(40, False) / error(80, False) == pytest.approx(2, abs=0.15)
+    assert error(40, True) / error(80, True) == pytest.approx(4, abs=0.8)
+    g = torch.Generator().manual_seed(1)
+    x = diffusion.sample_sde(velocity, noise, 400, "linear",
+                             lambda: torch.randn(noise.shape, dtype=torch.float64, generator=g))
+    assert x.mean().item() == pytest.approx(m, abs=0.03)
+    assert x.std().item() == pytest.approx(s, abs=0.03)
+
+
+def test_guidance_and_its_interval():
+    model = diffusion.SiT(4, 3, 5, 16, 1, 2)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    torch.nn.init.normal_(model.y_embedder.embedding_table.weight)
+    torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight)
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([1, 4])
+    with_class = diffusion.guided_velocity(model, y)(x, 0.5)
+    without = diffusion.guided_velocity(model, torch.tensor([5, 5]))(x, 0.5)
+    torch.testing.assert_close(diffusion.guided_velocity(model, y, 1.0)(x, 0.5), with_class)
+    torch.testing.assert_close(diffusion.guided_velocity(model, y, 3.0)(x, 0.5), without + 3 * (with_class - without))
+    torch.testing.assert_close(diffusion.guided_velocity(model, y, 3.0, 0.0, 0.4)(x, 0.5), with_class)
+    assert not torch.allclose(diffusion.guided_velocity(model, y, 3.0, 0.5, 0.5)(x, 0.5), with_class)
+
+
+def test_frechet_closed_forms():
+    eye, zero = torch.eye(6), torch.zeros(6)
+    assert fid.frechet_distance(zero, eye, zero + 2, eye) == pytest.approx(24)
+    assert fid.frechet_distance(zero, 4 * eye, zero, 9 * eye) == pytest.approx(6 * (2 - 3) ** 2)
+
+
+def test_psnr_and_ssim():
+    a = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    b = (a.int() + 10).clamp(max=255).to(torch.uint8)
+    assert tokenizer.psnr(torch.zeros_like(a), torch.full_like(a, 16)) == pytest.approx([10 * math.log10(255**2 / 256)] * 3)
+    assert tokenizer.ssim(a, a) == pytest.approx([1.0] * 3)
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
+    for x, y, p, s in zip(a, b, tokenizer.psnr(a, b), tokenizer.ssim(a, b)):
+        x, y = x.numpy(), y.numpy()
+        assert p == pytest.approx(metrics.peak_signal_noise_ratio(x, y), rel=1e-9)
+        assert s == pytest.approx(metrics.structural_similarity(
+            x, y, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255), abs=1e-6)
+
+
+def test_learning_rate_schedules():
+    for schedule, end in (("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)):
+        rates = [data.learning_rate(step, 100, 10, schedule) for step in range(101)]
+        assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[100] == pytest.approx(end)
+        assert all(np.diff(rates[10:]) <= 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_shapes_are_a_pure_function_and_not_trivial(cache):
+    x, y = data.render_shapes(np.arange(40), 32)
+    again, _ = data.render_shapes(np.array([17, 3]), 32)
+    assert torch.equal(again, x[[17, 3]]) and x.dtype == torch.uint8
+    assert not torch.equal(data.render_shapes(np.arange(4), 32, seed=1)[0], x[:4])
+    train, val = (data.load_images("shapes", 32, split) for split in ("train", "val"))
+    assert (len(train), len(val), train.classes) == (20_000, 2_000, list(data.SHAPES))
+    assert torch.equal(train[np.arange(40)], x) and torch.equal(train.labels[:40], y)
+    assert torch.bincount(val.labels).tolist() == [200] * 10
+    pixels = [data.to_float(s[np.arange(n)]).flatten(1) for s, n in ((train, 8000), (val, 2000))]
+    accuracy = tokenizer.linear_probe(pixels[0], train.labels[:8000], pixels[1], val.labels, 10, iterations=20)
+    assert 0.15 < accuracy < 0.45
+
+
+def picture(mode: str, size=(40, 30)) -> Image.Image:
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    if mode == "I;16":
+        return Image.fromarray((ramp * 257).astype(np.uint16))
+    if mode == "RGBA":
+        image = Image.fromarray(ramp.astype(np.uint8)).convert("RGBA")
+        image.putalpha(0)
+        return image
+    return Image.fromarray(ramp.astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "JPEG"), ("CMYK", "jpg"), ("RGB", "png"), ("RGBA", "PNG"),
+                                          ("P", "png"), ("P", "gif"), ("LA", "png"), ("1", "png"), ("I;16", "png"),
+                                          ("I;16", "tiff"), ("CMYK", "tif"), ("RGB", "bmp"), ("RGB", "webp")])
+def test_every_kind_of_image(tmp_path, mode, suffix):
+    path = tmp_path / f"a.{suffix}"
+    picture(mode).save(path)
+    x = data.read_image(path, 16)
+    assert x.shape == (16, 16, 3) and x.dtype == np.uint8
+    if mode == "RGBA":
+        assert (x == 255).all()                          # transparent on white
+    else:
+        assert x[0].mean() < 60 and x[-1].mean() > 190   # the ramp, at 8 bits
+
+
+def test_center_crop_follows_adm():
+    image = Image.fromarray((np.indices((100, 300)).sum(0) % 256).astype(np.uint8)).convert("RGB")
+    x = data.center_crop(image, 32)
+    assert x.size == (32, 32)
+    by_hand = image.resize((150, 50), Image.Resampling.BOX).resize((96, 32), Image.Resampling.BICUBIC).crop((32, 0, 64, 32))
+    assert np.array_equal(np.asarray(x), np.asarray(by_hand))
+
+
+def make_folder(root: Path, n=30, classes=("cat", "dog"), size=20):
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.full((size, size, 3), (8 * i, 100 * k, 40), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_folder_is_packed_split_and_reread(tmp_path, cache):
+    root = make_folder(tmp_path / "my pictures")
+    train, val = (data.load_images(str(root), 16, split) for split in ("train", "val"))
+    assert (len(train), len(val), train.classes) == (57, 3, ["cat", "dog"])
+    assert (train[np.arange(57)][:, 1, 8, 8] == 100 * train.labels).all()
+    packed = tmp_path / "packed"
+    data.pack(root, 16, packed)
+    again = data.load_images(str(packed), 16, "train")
+    assert torch.equal(again[np.arange(57)], train[np.arange(57)]) and again.fingerprint == train.fingerprint
+    Image.new("RGB", (20, 20)).save(root / "cat" / "new.png")      # a changed folder is packed anew
+    assert len(data.load_images(str(root), 16, "train")) + len(data.load_images(str(root), 16, "val")) == 61
+    with pytest.raises(SystemExit, match="16 px, not --size 32"):
+        data.load_images(str(packed), 32, "train")
+
+
+def test_flat_folder_is_one_class(tmp_path, cache):
+    root = make_folder(tmp_path / "x", 5, ("flat",)) / "flat"
+    assert data.load_images(str(root), 16, "train").classes == ["all"]
+
+
+def test_unreadable_images_are_named_and_many_stop_the_run(tmp_path, capsys):
+    root = make_folder(tmp_path / "x", 100)
+    (root / "cat" / "5.png").write_bytes((root / "cat" / "5.png").read_bytes()[:40])
+    data.pack(root, 16, tmp_path / "ok")
+    assert "'cat/5.png'" in capsys.readouterr().out
+    sizes = [len(data.load_images(str(tmp_path / "ok"), 16, split)) for split in ("train", "val")]
+    assert sum(sizes) == 199
+    for i in range(10, 15):
+        (root / "dog" / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="6 of 200 images are unreadable"):
+        data.pack(root, 16, tmp_path / "bad")
+    assert not (tmp_path / "bad" / "meta.json").exists()
+
+
+def test_packing_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+    root, work, seen = make_folder(tmp_path / "x", 300), data.pack_rows, []
+
+    def cut(job):
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        seen.append(job[0])
+        return work(job)
+
+    monkeypatch.setattr(data, "pack_rows", cut)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        data.pack(root, 8, tmp_path / "out")
+    monkeypatch.setattr(data, "pack_rows", lambda job: seen.append(job[0]) or work(job))
+    data.pack(root, 8, tmp_path / "out")
+    assert sorted(seen) == sorted(set(seen)) and len(seen) == 4     # nothing was done twice
+    data.pack(root, 8, tmp_path / "whole")
+    assert (tmp_path / "out/train.npy").read_bytes() == (tmp_path / "whole/train.npy").read_bytes()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves tmp_path/served; the first answer for a name in `broken` stops half way."""
+    (tmp_path / "served").mkdir()
+
+    broken = set()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "served"))
+
+        def do_GET(self):
+            name = self.path.lstrip("/")
+            if name in broken:
+                broken.discard(name)
+                content = (tmp_path / "served" / name).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            """Keep the test's output clean."""
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield tmp_path / "served", f"http://127.0.0.1:{httpd.server_port}/", broken
+    httpd.shutdown()
+
+
+def add_to_tar(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def sha256(path):
+    return data.hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_cifar10_is_downloaded_checked_and_read(server, tmp_path, monkeypatch):
+    served, url, broken = server
+    monkeypatch.setenv("MAETOK_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (60, 3073), dtype=np.uint8)
+    rows[:, 0] = np.arange(60) % 10
+    with tarfile.open(served / "made.tar.gz", "w:gz") as tar:
+        for i in range(6):
+            name = f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin"
+            add_to_tar(tar, f"cifar-10-batches-bin/{name}", rows[10 * i:10 * i + 10].tobytes())
+        add_to_tar(tar, "cifar-10-batches-bin/batches.meta.txt", "\n".join("abcdefghij").encode())
+    monkeypatch.setattr(data, "CIFAR10", (url + "made.tar.gz", "0" * 64))
+    with pytest.raises(SystemExit, match="invalid hash"):
+        data.load_images("cifar10", 32, "train")
+    assert not list((tmp_path / "cache").glob("made*"))
+    monkeypatch.setattr(data, "CIFAR10", (url + "made.tar.gz", sha256(served / "made.tar.gz")))
+    broken.add("made.tar.gz")
+    with pytest.raises(SystemExit, match="cannot get made.tar.gz"):
+        data.load_images("cifar10", 32, "train")          # the half that came is not used,
+    train = data.load_images("cifar10", 32, "train")      # and the next call starts over
+    assert len(train) == 50 and train.classes == list("abcdefghij")
+    assert np.array_equal(train[np.arange(50)].flatten(1).numpy(), rows[:50, 1:])
+    assert len(data.load_images("cifar10", 32, "val")) == 10
+
+
+def test_archive_members_outside_the_target_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        add_to_tar(tar, "../../outside.txt", b"x")
+    with pytest.raises(SystemExit, match="cannot be unpacked"):
+        data.extract(tmp_path / "evil.tar", tmp_path / "a" / "b")
+    assert not (tmp_path / "a" / "b").exists() and not (tmp_path / "outside.txt").exists()
+
+
+def test_batches_cover_each_epoch_and_are_disjoint_across_ranks():
+    seen = np.concatenate([data.batch_indices(103, 10, 7, step) for step in range(31)])
+    for epoch in range(3):
+        assert sorted(seen[103 * epoch:103 * (epoch + 1)]) == list(range(103))
+    assert not np.array_equal(seen[:103], seen[103:206])
+    rows = [list(range(50))[data.Run(r, 4, torch.device("cpu"), "fp32").rows(50)] for r in range(4)]
+    assert [i for part in rows for i in part] == list(range(50))
+    images = data.Images(np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8), torch.arange(9), ["a"], "")
+    whole, _ = data.Batches(images, 8, 0, cpu_run())(3)
+    halves = [data.Batches(images, 8, 0, data.Run(r, 2, torch.device("cpu"), "fp32"))(3)[0] for r in range(2)]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts, end to end
+
+
+TINY = ["--size", "16", "--patch", "4", "--width", "24", "--heads", "2", "--depth", "1", "--aux-width", "16", "--aux-depth",
+        "1", "--latents", "4", "--channels", "4", "--batch-size", "16", "--warmup", "2", "--log-every", "1"]
+TINY_SIT = ["--width", "24", "--heads", "2", "--depth", "1", "--batch-size", "16", "--log-every", "1", "--sampling-steps", "2"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One cache of rendered images and classifiers for all tests: the user's own if it is set, else a temporary one."""
+    path = os.environ.setdefault("MAETOK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    return Path(path)
+
+
+def script(name, *args, cwd, processes=1, check=True, background=False):
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                                          "--master_port", str(20_000 + os.getpid() % 20_000)]
+    command = [sys.executable, *launcher, str(HERE / f"{name}.py"), *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if background:
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "log.jsonl").read_text().splitlines()
+            for key in ("recon", "hog", "loss") if key in json.loads(line)]
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, cache):
+    """A folder where the four commands of the README ran once, tiny."""
+    at = tmp_path_factory.mktemp("chain")
+    said = {"tokenizer": script("tokenizer", *TINY, "--steps", "12", "--stage2-steps", "8", cwd=at).stdout,
+            "diffusion": script("diffusion", *TINY_SIT, "--steps", "10", "--samples", "40", cwd=at).stdout,
+            "sample": script("sample", "--n", "30", "--steps", "3", "--batch-size", "8", cwd=at).stdout,
+            "fid": script("fid", cwd=at).stdout}
+    return at, said
+
+
+def test_the_four_scripts_run_and_write_what_they_say(chain):
+    at, said = chain
+    metrics = json.loads((at / "out/tokenizer/metrics.json").read_text())
+    assert metrics["latents_unchanged_by_stage2"] is True
+    assert {"psnr", "ssim"} <= metrics["stage2"].keys() and 0 <= metrics["linear_probe"] <= 1
+    for picture_file in ("tokenizer/recon.png", "diffusion/samples.png", "samples/grid.png"):
+        assert Image.open(at / "out" / picture_file).size[0] > 100
+    rows = json.loads((at / "out/diffusion/metrics.json").read_text())["rows"]
+    assert rows["real validation images"]["class_accuracy"] > 0.9
+    assert rows["decoded noise"]["fd_classifier"] > rows["real validation images"]["fd_classifier"]
+    with np.load(at / "out/samples/samples.npz") as z:
+        assert z["arr_0"].shape == (30, 16, 16, 3) and z["arr_0"].dtype == np.uint8
+        assert z["labels"].tolist() == [i % 10 for i in range(30)] and z["classes"].tolist() == list(data.SHAPES)
+    scores = json.loads((at / "out/samples/metrics.json").read_text())
+    assert scores["samples"]["images"] == 30 and scores["sampling"]["sampler"] == "heun" and "fid" not in scores["samples"]
+    assert "fd_classifier" in said["fid"] and "PSNR" in said["tokenizer"]
+    loaded = torch.load(at / "out/diffusion/ckpt.pt", weights_only=True)
+    assert loaded["std"] and loaded["classes"] == list(data.SHAPES)
+    assert not (at / "out/samples/parts").exists()
+
+
+def test_latents_are_normalised_and_the_cache_knows_its_owner(chain):
+    at, _ = chain
+    folder = at / "out/diffusion/latents"
+    meta, z = json.loads((folder / "meta.json").read_text()), np.load(folder / "latents.npy").astype(np.float64)
+    assert z.shape == (20_000, 2, 4, 4)
+    x = (z - meta["mean"]) / meta["std"]
+    assert x.mean((0, 1, 2)) == pytest.approx(0, abs=1e-6) and x.std((0, 1, 2)) == pytest.approx(1, abs=1e-6)
+    model, _ = tokenizer.load_tokenizer(at / "out/tokenizer/ckpt.pt", torch.device("cpu"))
+    images = data.load_images("shapes", 16, "train")
+    mirrored = model.encode(data.to_float(images[np.arange(3)]).flip(3))
+    close(z[:3, 1], mirrored, 2e-2)                      # float16, and bf16 arithmetic where the run used it
+    model.to_latent.weight.data += 1
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        diffusion.encode_data(model, images, folder, cpu_run())
+
+
+def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(chain, tmp_path):
+    at, _ = chain
+    args = ["--model", at / "out/diffusion/ckpt.pt", "--tokenizer", at / "out/tokenizer/ckpt.pt", "--n", "60",
+            "--precision", "fp32", "--sampler", "sde", "--steps", "40", "--batch-size", "4"]
+    script("sample", *args, "--out", "one", cwd=tmp_path)
+    script("sample", *args, "--out", "two", cwd=tmp_path, processes=2)
+    victim = script("sample", *args, "--out", "cut", cwd=tmp_path, background=True)
+    done = tmp_path / "cut/parts/done.npy"
+    wait_for(lambda: done.exists() and done.stat().st_size > 128 and np.load(done).sum() >= 2, victim)
+    victim.kill()
+    victim.wait()
+    kept = np.load(done).sum()
+    script("sample", *args, "--out", "cut", cwd=tmp_path)
+    assert 2 <= kept
+    one, two, cut = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two", "cut"))
+    assert np.array_equal(one, two) and np.array_equal(one, cut)
+    args[args.index("--batch-size") + 1] = "15"
+    script("sample", *args, "--out", "batch", cwd=tmp_path)
+    assert np.abs(np.load(tmp_path / "batch/samples.npz")["arr_0"].astype(int) - one).max() <= 1
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+
+
+def test_two_processes_train_as_one(chain, tmp_path):
+    at, _ = chain
+    train = [*TINY, "--steps", "20", "--stage2-steps", "20"]
+    script("tokenizer", *train, "--out", "one", cwd=tmp_path)
+    script("tokenizer", *train, "--out", "two", cwd=tmp_path, processes=2)
+    script("tokenizer", *train, "--out", "micro", "--micro-batch", "5", cwd=tmp_path)
+    sit = [*TINY_SIT, "--steps", "20", "--samples", "0", "--tokenizer", at / "out/tokenizer/ckpt.pt"]
+    script("diffusion", *sit, "--out", "one-d", cwd=tmp_path)
+    script("diffusion", *sit, "--out", "two-d", cwd=tmp_path, processes=2)
+    for one, other, count in (("one", "two", 60), ("one", "micro", 60), ("one-d", "two-d", 20)):
+        a, b = losses(tmp_path / one), losses(tmp_path / other)
+        assert len(a) == len(b) == count
+        assert np.abs(np.array(a) / np.array(b) - 1).max() < 1e-4
+
+
+def weights_of(path) -> dict:
+    state = torch.load(path, weights_only=True)
+    return {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()}
+
+
+@pytest.mark.parametrize("name, stage", [("tokenizer", "stage 1"), ("tokenizer", "stage 2"), ("diffusion", "diffusion")])
+def test_a_killed_run_goes_on_bit_by_bit(chain, tmp_path, name, stage):
+    at, _ = chain
+    if name == "tokenizer":
+        args = [*TINY, "--steps", "60", "--stage2-steps", "60", "--save-every", "7"]
+    else:
+        args = [*TINY_SIT, "--steps", "60", "--save-every", "7", "--samples", "0", "--preview-every", "1000",
+                "--tokenizer", at / "out/tokenizer/ckpt.pt"]
+    script(name, *args, "--out", "whole", cwd=tmp_path)
+    victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
+    log = tmp_path / "cut/log.jsonl"
+    wait_for(lambda: log.exists() and f'"stage": "{stage}", "step": 10,' in log.read_text(), victim)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    said = script(name, *args, "--out", "cut", cwd=tmp_path).stdout
+    assert "continuing" in said
+    whole, cut = weights_of(tmp_path / "whole/ckpt.pt"), weights_of(tmp_path / "cut/ckpt.pt")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+MISTAKES = [
+    ("tokenizer", ["--stepz", "3"], "unrecognized arguments: --stepz"),
+    ("tokenizer", ["--steps", "abc"], "argument --steps: invalid int value: 'abc'"),
+    ("tokenizer", ["--step", "3"], "unrecognized arguments: --step"),
+    ("tokenizer", ["--preset", "huge"], "invalid choice: 'huge'"),
+    ("tokenizer", ["--size", "33"], "--size 33 must be a multiple"),
+    ("tokenizer", ["--width", "50"], "width 50 must be a multiple"),
+    ("tokenizer", ["--targets", "hogg"], "--targets hogg"),
+    ("tokenizer", ["--mask-min", "0.9"], "--mask-min"),
+    ("tokenizer", ["--batch-size", "0"], "--batch-size"),
+    ("tokenizer", ["--data", "nowhere"], "--data nowhere: no such folder"),
+    ("tokenizer", ["--data", "empty"], "no images found"),
+    ("tokenizer", ["--data", "mixed"], "lies beside class folders"),
+    ("tokenizer", ["--out", "damaged"], "is not a whole checkpoint"),
+    ("tokenizer", ["--out", "other", "--steps", "3"], "is a checkpoint of diffusion.py"),
+    ("diffusion", ["--tokenizer", "none.pt"], "none.pt: no such checkpoint"),
+    ("diffusion", ["--tokenizer", "damaged/ckpt.pt"], "is not a whole checkpoint"),
+    ("diffusion", ["--width", "25"], "--width 25"),
+    ("diffusion", ["--sampler", "dopri"], "invalid choice: 'dopri'"),
+    ("sample", ["--n", "0"], "--n"),
+    ("sample", ["--guidance", "0.5"], "--guidance >= 1"),
+    ("sample", ["--model", "none.pt"], "none.pt: no such checkpoint"),
+    ("sample", ["--labels", "unicorn", "--model", "CHAIN/out/diffusion/ckpt.pt", "--tokenizer",
+                "CHAIN/out/tokenizer/ckpt.pt"], "'unicorn' is none of the classes"),
+    ("fid", ["--samples", "none.npz"], "none.npz: no such file"),
+    ("fid", ["--samples", "damaged/ckpt.pt"], "is not a file of samples"),
+    ("data", ["--data", "nowhere"], "--data DIR, --out DIR"),
+    ("data", ["--data", "empty", "--out", "x"], "no images found"),
+]
+
+
+@pytest.fixture(scope="session")
+def mistakes_folder(tmp_path_factory, chain):
+    at = tmp_path_factory.mktemp("mistakes")
+    (at / "empty").mkdir()
+    make_folder(at / "mixed", 2)
+    Image.new("RGB", (9, 9)).save(at / "mixed" / "loose.png")
+    (at / "damaged").mkdir()
+    whole = (chain[0] / "out/tokenizer/ckpt.pt").read_bytes()
+    (at / "damaged/ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    (at / "other").mkdir()
+    (at / "other/ckpt.pt").write_bytes((chain[0] / "out/diffusion/ckpt.pt").read_bytes())
+    return at
+
+
+@pytest.mark.parametrize("name, args, message", MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else str(v)[:20])
+def test_a_mistake_is_one_clear_line(mistakes_folder, chain, monkeypatch, capsys, name, args, message):
+    """In this process, with main() called as the script calls it: a subprocess for each would take minutes."""
+    before = sorted(p for p in mistakes_folder.rglob("*") if p.is_file())
+    monkeypatch.chdir(mistakes_folder)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *(a.replace("CHAIN", str(chain[0])) for a in args)])
+    with pytest.raises(SystemExit) as error:
+        sys.modules[name].main()
+    said = capsys.readouterr().err if error.value.code == 2 else error.value.code
+    assert message in said and len(said.strip().splitlines()) == 1 and said.startswith(f"{name}.py: ")
+    after = sorted(p for p in mistakes_folder.rglob("*") if p.is_file() and p.name != ".lock")
+    assert [p for p in before if p.name != ".lock"] == after
+
+
+def test_other_settings_do_not_continue_a_run(chain, tmp_path):
+    at, _ = chain
+    done = script("tokenizer", *TINY, "--steps", "12", "--stage2-steps", "8", "--lr", "1", cwd=at, check=False)
+    assert done.returncode == 1 and "was made with --lr" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_shows_every_setting(name):
+    said = script(name, "--help", cwd=HERE).stdout
+    config = data.PackConfig if name == "data" else sys.modules[name].Config
+    for f in data.dataclasses.fields(config):
+        assert "--" + f.name.replace("_", "-") in said and f.metadata["help"].split()[0] in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The house
+
+
+def test_imports_go_one_way():
+    allowed = {name: set(STAGES[:i]) for i, name in enumerate(STAGES)}
+    packages = set(sys.stdlib_module_names) | {"torch", "numpy", "tqdm", "PIL", "scipy"}
+    for name in STAGES:
+        tree = ast.parse((HERE / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert node in tree.body, f"{name}.py: an import inside a function"
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                for module in {m.split(".")[0] for m in modules}:
+                    assert module in packages | allowed[name], f"{name}.py must not import {module}"
+    assert {p.name for p in HERE.glob("*.py")} == {f"{name}.py" for name in (*STAGES, "test_all")}
+
+
+def test_label_rules():
+    assert sample.choose_labels("balanced", 5, ["a", "b"], 0).tolist() == [0, 1, 0, 1, 0]
+    assert sample.choose_labels("b,0", 3, ["a", "b"], 0).tolist() == [1, 0, 1]
+    labels = sample.choose_labels("random", 1000, ["a", "b"], 0)
+    assert 400 < labels.sum() < 600 and np.array_equal(labels, sample.choose_labels("random", 1000, ["a", "b"], 0))
+
+
+def test_log_terms_may_be_ratios(tmp_path):
+    class Source:
+        waited = 0.0
+
+    log = data.Log(cpu_run(), tmp_path / "log.jsonl", "s", 0, 4, 8, 2, Source())
+    for step in range(4):
+        log(step + 1, loss=torch.tensor(float(step)), part=(torch.tensor(6.0 * step), torch.tensor(2.0 + step)))
+    first, last = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert first["loss"] == 0.5 and first["part"] == pytest.approx(6 / 5) and last["images"] == 32
+    with pytest.raises(SystemExit, match="loss is not finite"):
+        data.Log(cpu_run(), tmp_path / "x.jsonl", "s", 0, 4, 8, 1, Source())(1, loss=torch.tensor(float("nan")))
