@@ -200,11 +200,10 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
     """
     with Image.open(path) as image:
         image.load()
-        if image.mode.startswith("I") or image.mode == "F":
+        if image.mode.startswith("I") or image.mode == "F":          # 16 bits; floats in 0..1 or 0..255
             values = np.asarray(image, np.float64)
-            top = 1.0 if image.mode == "F" and values.max(initial=0) <= 1 else 255.0 if values.max(initial=0) <= 255 \
-                and image.mode == "F" else 65535.0
-            image = Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+            scale = 255 / 65535 if image.mode.startswith("I") else 255 if values.max(initial=0) <= 1 else 1
+            image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -591,15 +590,15 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
                                 metavar=None if f.metadata["choices"] else types[f.name].__name__.upper(),
                                 default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + default)
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.pop("preset", None), {})
-    cfg = cls(**(preset | given))
+    chosen = given.pop("preset", None)
+    cfg = cls(**(presets.get(chosen, {}) | given))
     try:
         cfg.check()
     except ValueError as error:
         parser.error(str(error))
-    cfg_note = "  ".join(f"{k}={v}" for k, v in given.items()) or "nothing"
     if os.environ.get("RANK", "0") == "0":
-        print(f"{parser.prog}: changed from the preset: {cfg_note}", flush=True)
+        name = f"preset {chosen}" if chosen else "defaults"
+        print(f"{parser.prog}: {name}", *(f"--{k.replace('_', '-')} {v}" for k, v in given.items()), flush=True)
     return cfg
 
 
@@ -610,10 +609,19 @@ class Run:
     world: int
     device: torch.device
     precision: str
+    claims: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def claim(self, out: str | Path) -> Path:
+        """Make the output folder and keep it locked until this process ends; a second run in it is refused."""
+        if self.main:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            self.claims.enter_context(locked(Path(out) / ".lock", wait=False))
+        self.barrier()
+        return Path(out)
 
     def rows(self, batch: int) -> slice:
         """This process's rows of a global batch."""
@@ -666,8 +674,8 @@ def fast_bf16() -> bool:
     return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def start(cfg, out: str | Path | None = None) -> Run:
-    """Join the processes torchrun started (or be the only one), choose the device and the precision, lock `out`."""
+def start(cfg) -> Run:
+    """Join the processes torchrun started (or be the only one), choose the device and the precision."""
     rank, world, local = (int(os.environ.get(name, d)) for name, d in
                           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
@@ -683,10 +691,6 @@ def start(cfg, out: str | Path | None = None) -> Run:
     if cfg.precision == "auto":
         cfg.precision = "bf16" if bf16 else "fp32"
     run = Run(rank, world, device, cfg.precision)
-    if out is not None and run.main:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        run.lock = contextlib.ExitStack()
-        run.lock.enter_context(locked(Path(out) / ".lock", wait=False))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     run.print(f"{world} process{'es' if world > 1 else ''} on {name}, {cfg.precision}, torch {torch.__version__}")
     return run
@@ -819,9 +823,11 @@ def commit() -> str:
 
 def array_file(path: Path, shape: tuple, dtype) -> np.ndarray:
     """A memory-mapped .npy of this shape to write into: the one that is there, or a new one of zeros."""
-    if path.exists():
-        return np.load(path, mmap_mode="r+")
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if not path.exists():
+        part = path.with_name(path.name + ".part")
+        np.lib.format.open_memmap(part, "w+", dtype, shape).flush()
+        os.replace(part, path)
+    return np.load(path, mmap_mode="r+")
 
 
 class Chunks:

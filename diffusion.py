@@ -47,7 +47,7 @@ from data import (
     to_uint8,
     write_json,
 )
-from fid import Judge
+from fid import Judge, Made
 from tokenizer import Attention, Mlp, Tokenizer, load_tokenizer, reconstruct, restore
 
 
@@ -63,7 +63,7 @@ class Config(Common):
     path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
     time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
     label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
-    steps: int = setting(2000, "training steps")
+    steps: int = setting(1200, "training steps")
     batch_size: int = setting(256, "latents per step, over all processes")
     micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
@@ -84,7 +84,7 @@ class Config(Common):
     samples: int = setting(2000, "images sampled for the evaluation after training; 0: none")
     log_every: int = setting(200, "steps between lines of the log")
     save_every: int = setting(500, "steps between checkpoints")
-    preview_every: int = setting(500, "steps between previews in samples.png")
+    preview_every: int = setting(400, "steps between previews in samples.png")
 
     def check(self):
         if self.width % self.heads or self.width % 2:
@@ -475,11 +475,11 @@ def latent_decoder(tokenizer: Tokenizer, mean: torch.Tensor, std: torch.Tensor):
 
 def main():
     cfg = parse_config(Config, PRESETS, __doc__)
-    run = start(cfg, cfg.out)
-    out, began = Path(cfg.out), time.time()
-    state = resume(out / "ckpt.pt", "diffusion", cfg, run)
+    run, began = start(cfg), time.time()
     tokenizer, tok = load_tokenizer(cfg.tokenizer, run.device)
     images = run.first(lambda: load_images(tok.data, tok.size, "train"))
+    out = run.claim(cfg.out)
+    state = resume(out / "ckpt.pt", "diffusion", cfg, run)
     if cfg.fresh and run.main and (out / "latents").exists():
         for file in (out / "latents").iterdir():
             file.unlink()
@@ -515,16 +515,6 @@ def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, im
         run.print("one class: fd_classifier is not available, the samples are in samples.png")
         return
     judge = Judge(images, val, run)
-
-    class Made:                                          # images made when the judge asks for them
-        def __init__(self, count, make):
-            self.count, self.make = count, make
-
-        def __len__(self):
-            return self.count
-
-        def __getitem__(self, index):
-            return self.make(index)
 
     with torch.no_grad():
         shape = model.shape

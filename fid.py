@@ -140,9 +140,22 @@ def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100
     return net.eval().requires_grad_(False)
 
 
+class Made:
+    """n images that come into being when they are asked for: make(index) -> uint8 B x 3 x S x S."""
+
+    def __init__(self, n: int, make):
+        self.n, self.make = n, make
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
 @torch.no_grad()
 def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run, batch: int = 500) -> tuple:
-    """Mean and covariance of the features of uint8 images (indexable, B x 3 x S x S), and the share of labels recognised."""
+    """Mean and covariance of the features of uint8 images (a tensor, Images or Made), and the share of labels recognised."""
     moments, right = Moments(net.WIDTH, run.device), torch.zeros(1, device=run.device)
     starts = range(batch * run.rank, len(images), batch * run.world)
     for i in tqdm(starts, desc="features", leave=False, disable=None if run.main else True):

@@ -62,7 +62,7 @@ def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarra
 
 def main():
     cfg, began = parse_config(Config, {}, __doc__), time.time()
-    run = start(cfg, cfg.out)
+    run = start(cfg)
     model, trained, state = load_diffusion(cfg.model, run.device)
     tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
     if fingerprint(tokenizer) != state["tokenizer_weights"]:
@@ -77,7 +77,7 @@ def main():
         "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
         "training_steps": state["step"], "weights": weights.hexdigest()[:16], "precision": run.precision,
         "batch_size": cfg.batch_size, "commit": commit()}
-    out = Path(cfg.out)
+    out = run.claim(cfg.out)
     images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
         model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, trained.path, run))
     if run.main:
@@ -100,13 +100,12 @@ def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.nda
     """All images as one memory-mapped uint8 n x S x S x 3, written in blocks as they come and continued where it was cut."""
     belongs = folder / "belongs.json"
     if run.main:
-        if cfg.fresh or (belongs.exists() and json.loads(belongs.read_text()) != facts):
-            run.print(f"starting over: {folder} is of other settings or weights")
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts:
+            shutil.rmtree(folder, ignore_errors=True)    # nothing yet, or of other settings or weights
+            folder.mkdir(parents=True)
+            write_json(belongs, facts)
         array_file(folder / "images.npy", (cfg.n, facts["size"], facts["size"], 3), np.uint8)
         array_file(folder / "done.npy", (-(-cfg.n // cfg.batch_size),), np.uint8)
-        write_json(belongs, facts)
     run.barrier()
     images = np.load(folder / "images.npy", mmap_mode="r+")
     for i, j in Chunks(folder, cfg.n, cfg.batch_size, run, "sampling"):

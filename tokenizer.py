@@ -57,10 +57,10 @@ class Config(Common):
     size: int = setting(32, "image side S in pixels")
     out: str = setting("out/tokenizer", "folder for ckpt.pt, stage1.pt, log.jsonl, recon.png, metrics.json")
     patch: int = setting(8, "patch side P; divides --size")
-    latents: int = setting(16, "number of latent tokens L")
-    channels: int = setting(8, "channels of a latent token H")
+    latents: int = setting(8, "number of latent tokens L")
+    channels: int = setting(16, "channels of a latent token H")
     width: int = setting(192, "width D of encoder and decoder")
-    depth: int = setting(4, "layers of the encoder, and of the decoder")
+    depth: int = setting(3, "layers of the encoder, and of the decoder")
     heads: int = setting(3, "attention heads")
     dec_width: int = setting(0, "width of the decoder; 0: as the encoder")
     dec_depth: int = setting(0, "layers of the decoder; 0: as the encoder")
@@ -76,21 +76,21 @@ class Config(Common):
     aux_width: int = setting(96, "width of an auxiliary decoder")
     aux_heads: int = setting(2, "heads of an auxiliary decoder")
     aux_weight: float = setting(1.0, "weight of each masked target (Eq. 8) beside the pixel loss")
-    steps: int = setting(1500, "steps of stage 1")
-    stage2_steps: int = setting(400, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
-    batch_size: int = setting(128, "images per step, over all processes")
+    steps: int = setting(2400, "steps of stage 1")
+    stage2_steps: int = setting(900, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
+    batch_size: int = setting(64, "images per step, over all processes")
     micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
-    lr: float = setting(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = setting(1e-2, "peak learning rate of Muon")
+    lr: float = setting(2e-3, "peak learning rate of AdamW")
+    muon_lr: float = setting(1.5e-2, "peak learning rate of Muon")
     beta2: float = setting(0.95, "second beta of AdamW")
     weight_decay: float = setting(1e-4, "weight decay")
     warmup: int = setting(50, "steps of linear warm-up")
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
-    log_every: int = setting(100, "steps between lines of the log")
-    save_every: int = setting(250, "steps between checkpoints")
+    log_every: int = setting(200, "steps between lines of the log")
+    save_every: int = setting(400, "steps between checkpoints")
 
     def check(self):
         if self.size < 1 or self.patch < 1 or self.size % self.patch or self.patch % 2:
@@ -546,14 +546,13 @@ def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_head
 
 
 @torch.no_grad()
-def encode_all(model: Tokenizer, images: Images, run: Run, batch: int = 500) -> torch.Tensor:
-    """Latents of every image, N x L x H, in fp32 on the CPU."""
-    parts = []
-    for i in tqdm(range(0, len(images), batch), desc="encoding", leave=False, disable=None if run.main else True):
-        x = to_float(images[np.arange(i, min(i + batch, len(images)))].to(run.device))
+def encode_some(model: Tokenizer, images: Images, run: Run, most: int = 20_000, batch: int = 500):
+    """Latents, n x L x H in fp32 on the CPU, and labels of all images, or of `most` of them evenly spaced."""
+    index, parts = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int), []
+    for part in tqdm(np.array_split(index, -(-len(index) // batch)), desc="encoding", leave=False, disable=None):
         with run.autocast():
-            parts.append(model.encode(x).float().cpu())
-    return torch.cat(parts)
+            parts.append(model.encode(to_float(images[part].to(run.device))).float().cpu())
+    return torch.cat(parts), images.labels[index]
 
 
 @torch.no_grad()
@@ -605,14 +604,13 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int =
 
 def evaluate(model: Tokenizer, images: Images, run: Run, batch: int = 250) -> dict:
     """PSNR and SSIM over the validation images, uint8 against uint8, shared out over the processes."""
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(3, dtype=torch.float64)
     for i in range(batch * run.rank, len(images), batch * run.world):
         x = images[np.arange(i, min(i + batch, len(images)))].to(run.device)
         y = reconstruct(model, x, run)
-        sums += torch.stack([psnr(x, y).sum(), ssim(x, y).sum() if x.shape[-1] > 10 else psnr(x, y).sum() * 0,
-                             torch.tensor(len(x), device=run.device)])
-    total = run.sum(sums).tolist()
-    return {"psnr": total[0] / total[2], "ssim": total[1] / total[2]}
+        sums += torch.tensor([psnr(x, y).sum(), ssim(x, y).sum() if x.shape[-1] > 10 else math.nan, len(x)])
+    total_psnr, total_ssim, count = run.sum(sums.to(run.device)).tolist()
+    return {"psnr": total_psnr / count} | ({} if math.isnan(total_ssim) else {"ssim": total_ssim / count})
 
 
 def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cfg: Config, run: Run) -> None:
@@ -630,11 +628,11 @@ def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cf
 
 def main():
     cfg = parse_config(Config, PRESETS, __doc__)
-    run = start(cfg, cfg.out)
-    out, began = Path(cfg.out), time.time()
+    run, began = start(cfg), time.time()
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
     val = load_images(cfg.data, cfg.size, "val")
     run.print(f"{cfg.data}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes")
+    out = run.claim(cfg.out)
     state = resume(out / "ckpt.pt", "tokenizer", cfg, run)
     stage = state["stage"] if state else 1
     if stage == 1:
@@ -644,25 +642,29 @@ def main():
                                                 "step": cfg.steps, "ema": model.state_dict()})
         run.barrier()
     stage1, _ = load_tokenizer(out / "stage1.pt", run.device)
-    run.print(f"stage 1: {sum(p.numel() for p in stage1.parameters()) / 1e6:.2f} M parameters with the auxiliary decoders")
     stage2 = train_stage2(cfg, run, train, stage1, state if stage == 2 else None) if cfg.stage2_steps else stage1
     metrics = {"stage1": evaluate(stage1, val, run), "stage2": evaluate(stage2, val, run)}
     if run.main:
-        z, v, v1 = encode_all(stage2, train, run), encode_all(stage2, val, run), encode_all(stage1, val, run)
-        metrics |= {"latents_unchanged_by_stage2": torch.equal(v, v1)}
-        if len(train.classes) > 1:
-            metrics["linear_probe"] = linear_probe(z, train.labels, v, val.labels, len(train.classes))
-        picture(out / "recon.png", val, stage1, stage2, cfg, run)
-        metrics |= {"images": len(val), "weights": "ema", "precision": cfg.precision, "seed": cfg.seed, "steps": cfg.steps,
-                    "stage2_steps": cfg.stage2_steps, "commit": commit(), "seconds": round(time.time() - began)}
-        write_json(out / "metrics.json", metrics)
-        for name in ("stage1", "stage2"):
-            run.print(f"{name}: validation PSNR {metrics[name]['psnr']:.2f} dB, SSIM {metrics[name]['ssim']:.3f}")
-        run.print(f"latents bit-identical before and after stage 2: {metrics['latents_unchanged_by_stage2']}")
-        if "linear_probe" in metrics:
-            run.print(f"linear probe of the latents: {metrics['linear_probe']:.1%} of {len(train.classes)} classes")
-        run.print(f"wrote {out}/ckpt.pt, recon.png, metrics.json in {time.time() - began:.0f} s")
+        report(cfg, run, train, val, stage1, stage2, metrics, began)
     run.barrier()
+
+
+def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer, stage2: Tokenizer, metrics: dict, began):
+    """recon.png, metrics.json and a few lines: what the two stages achieved."""
+    out, (z, y), (v1, _) = Path(cfg.out), encode_some(stage2, val, run), encode_some(stage1, val, run)
+    metrics["latents_unchanged_by_stage2"] = torch.equal(z, v1)
+    if len(train.classes) > 1:
+        metrics["linear_probe"] = linear_probe(*encode_some(stage2, train, run), z, y, len(train.classes))
+    picture(out / "recon.png", val, stage1, stage2, cfg, run)
+    metrics |= {"images": len(val), "weights": "ema", "precision": cfg.precision, "seed": cfg.seed, "steps": cfg.steps,
+                "stage2_steps": cfg.stage2_steps, "commit": commit(), "seconds": round(time.time() - began)}
+    write_json(out / "metrics.json", metrics)
+    for name in ("stage1", "stage2"):
+        run.print(f"{name}: validation PSNR {metrics[name]['psnr']:.2f} dB, SSIM {metrics[name].get('ssim', math.nan):.3f}")
+    run.print(f"latents bit-identical before and after stage 2: {metrics['latents_unchanged_by_stage2']}")
+    if "linear_probe" in metrics:
+        run.print(f"linear probe of the latents: {metrics['linear_probe']:.1%} of {len(train.classes)} classes")
+    run.print(f"wrote {out}/ckpt.pt, recon.png, metrics.json in {metrics['seconds']} s")
 
 
 if __name__ == "__main__":
