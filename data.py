@@ -242,7 +242,7 @@ def list_folder(root: Path) -> tuple[list[str], dict[str, list[tuple[str, int]]]
     are there, else one image in twenty, chosen by the hash of its name, is kept for validation.
     """
     if not root.is_dir():
-        fail(f"--data {root}: no such folder, and not one of the names {', '.join(NAMED)}")
+        fail(f"--data {root}: no such folder, and none of {', '.join(NAMED)}")
     val = next((name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
     split_roots = {"train": "train", "val": val} if (root / "train").is_dir() else {"train": "."}
     files = {}
@@ -556,9 +556,9 @@ class Batches:
 # =====================================================================================================================
 
 
-def setting(default, help: str, choices: tuple = ()):
-    """A field of a stage's config: its default and what --help says of it."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help: str, choices: tuple = (), alias: tuple = ()):
+    """A field of a stage's config: its default, what --help says of it, and other names of its flag."""
+    return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
 @dataclass
@@ -586,7 +586,7 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                 help=f.metadata["help"] + ("" if sys.version_info < (3, 13) else default))
         else:
-            parser.add_argument(flag, type=types[f.name], choices=f.metadata["choices"] or None,
+            parser.add_argument(flag, *f.metadata["alias"], dest=f.name, type=types[f.name], choices=f.metadata["choices"] or None,
                                 metavar=None if f.metadata["choices"] else types[f.name].__name__.upper(),
                                 default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + default)
     given = vars(parser.parse_args(argv))
@@ -887,18 +887,18 @@ class Log:
         self.bar.update()
         if step % self.every and step != self.steps:
             return
-        sums = self.run.sum(torch.stack(list(self.terms.values())))
-        values = sums[:, 0] / sums[:, 1]
+        sums = self.run.sum(torch.stack(list(self.terms.values()))).tolist()
+        values = {name: total / count for name, (total, count) in zip(self.terms, sums) if count}
         entry = {"stage": self.stage, "step": step, "images": step * self.batch}
-        entry |= {name: float(f"{v:.6g}") for name, v in zip(self.terms, values.tolist())}
+        entry |= {name: float(f"{value:.6g}") for name, value in values.items()}
         seconds = time.perf_counter() - self.start
         entry |= {"images_per_s": round(self.count * self.batch / seconds, 1),
                   "data_wait": round((self.batches.waited - self.waited) / seconds, 4), "memory_gib": memory_gib(self.run)}
-        bad = [name for name in self.terms if not np.isfinite(entry[name])]
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
         if self.run.main:
             with open(self.path, "a") as handle:
                 handle.write(json.dumps(entry) + "\n")
-            shown = "  ".join(f"{name} {entry[name]:.4g}" for name in self.terms)
+            shown = "  ".join(f"{name} {entry[name]:.4g}" for name in values)
             self.bar.set_postfix_str(shown)
             self.run.print(f"{self.stage} {step}/{self.steps}  {shown}  {entry['images_per_s']:.0f} images/s  "
                            f"data wait {entry['data_wait']:.1%}  {entry['memory_gib']} GiB")

@@ -63,7 +63,7 @@ class Config(Common):
     path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
     time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
     label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
-    steps: int = setting(1200, "training steps")
+    steps: int = setting(1000, "training steps")
     batch_size: int = setting(256, "latents per step, over all processes")
     micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",

@@ -8,6 +8,7 @@ set itself, and says nothing about numbers published as FID, which need the Ince
 import itertools
 import json
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def load_samples(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
             raise ValueError(f"arr_0 is {images.dtype} {tuple(images.shape)}")
     except FileNotFoundError:
         fail(f"{path}: no such file; sample.py writes it")
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         fail(f"{path} is not a file of samples ({error}); arr_0 must be uint8 n x S x S x 3")
     return images, labels, facts
 

@@ -1,7 +1,7 @@
 """Images from a trained pair of tokenizer and diffusion model.
 
     torchrun sample.py                                   # -> out/samples/samples.npz, grid.png
-    torchrun --nproc_per_node=8 sample.py --n 50000      # shared out; killed and started again, it goes on
+    torchrun --nproc_per_node=8 sample.py --images 50000 # shared out; killed and started again, it goes on
 
 Image number i is a function of the weights, the settings and (seed, i), whatever the number of processes.
 """
@@ -26,7 +26,7 @@ class Config(Common):
     model: str = setting("out/diffusion/ckpt.pt", "checkpoint of diffusion.py")
     tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
     out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
-    n: int = setting(2000, "number of images")
+    n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)", alias=("--images",))
     labels: str = setting("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
     sampler: str = setting("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
                            ("euler", "heun", "sde"))

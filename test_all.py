@@ -238,9 +238,9 @@ def test_guidance_and_its_interval():
     x, y = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([1, 4])
     with_class = diffusion.guided_velocity(model, y)(x, 0.5)
     without = diffusion.guided_velocity(model, torch.tensor([5, 5]))(x, 0.5)
-    torch.testing.assert_close(diffusion.guided_velocity(model, y, 1.0)(x, 0.5), with_class)
-    torch.testing.assert_close(diffusion.guided_velocity(model, y, 3.0)(x, 0.5), without + 3 * (with_class - without))
-    torch.testing.assert_close(diffusion.guided_velocity(model, y, 3.0, 0.0, 0.4)(x, 0.5), with_class)
+    for settings, expected in (((1.0,), with_class), ((3.0,), without + 3 * (with_class - without)),
+                               ((3.0, 0.0, 0.4), with_class)):
+        close(diffusion.guided_velocity(model, y, *settings)(x, 0.5), expected, 1e-5)
     assert not torch.allclose(diffusion.guided_velocity(model, y, 3.0, 0.5, 0.5)(x, 0.5), with_class)
 
 
@@ -554,7 +554,7 @@ def test_latents_are_normalised_and_the_cache_knows_its_owner(chain):
 
 def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(chain, tmp_path):
     at, _ = chain
-    args = ["--model", at / "out/diffusion/ckpt.pt", "--tokenizer", at / "out/tokenizer/ckpt.pt", "--n", "60",
+    args = ["--model", at / "out/diffusion/ckpt.pt", "--tokenizer", at / "out/tokenizer/ckpt.pt", "--images", "60",
             "--precision", "fp32", "--sampler", "sde", "--steps", "40", "--batch-size", "4"]
     script("sample", *args, "--out", "one", cwd=tmp_path)
     script("sample", *args, "--out", "two", cwd=tmp_path, processes=2)
@@ -581,12 +581,13 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_two_processes_train_as_one(chain, tmp_path):
+    """In fp32 with AdamW: bf16, in which Muon always works, rounds the two halves of a gradient differently."""
     at, _ = chain
-    train = [*TINY, "--steps", "20", "--stage2-steps", "20"]
+    train = [*TINY, "--steps", "20", "--stage2-steps", "20", "--precision", "fp32", "--optimizer", "adamw"]
     script("tokenizer", *train, "--out", "one", cwd=tmp_path)
     script("tokenizer", *train, "--out", "two", cwd=tmp_path, processes=2)
     script("tokenizer", *train, "--out", "micro", "--micro-batch", "5", cwd=tmp_path)
-    sit = [*TINY_SIT, "--steps", "20", "--samples", "0", "--tokenizer", at / "out/tokenizer/ckpt.pt"]
+    sit = [*TINY_SIT, "--steps", "20", "--samples", "0", "--tokenizer", at / "out/tokenizer/ckpt.pt", *train[-4:]]
     script("diffusion", *sit, "--out", "one-d", cwd=tmp_path)
     script("diffusion", *sit, "--out", "two-d", cwd=tmp_path, processes=2)
     for one, other, count in (("one", "two", 60), ("one", "micro", 60), ("one-d", "two-d", 20)):
@@ -631,7 +632,7 @@ MISTAKES = [
     ("tokenizer", ["--targets", "hogg"], "--targets hogg"),
     ("tokenizer", ["--mask-min", "0.9"], "--mask-min"),
     ("tokenizer", ["--batch-size", "0"], "--batch-size"),
-    ("tokenizer", ["--data", "nowhere"], "--data nowhere: no such folder"),
+    ("tokenizer", ["--data", "nowhere"], "/nowhere: no such folder"),
     ("tokenizer", ["--data", "empty"], "no images found"),
     ("tokenizer", ["--data", "mixed"], "lies beside class folders"),
     ("tokenizer", ["--out", "damaged"], "is not a whole checkpoint"),

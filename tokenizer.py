@@ -77,7 +77,7 @@ class Config(Common):
     aux_heads: int = setting(2, "heads of an auxiliary decoder")
     aux_weight: float = setting(1.0, "weight of each masked target (Eq. 8) beside the pixel loss")
     steps: int = setting(2400, "steps of stage 1")
-    stage2_steps: int = setting(900, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
+    stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
     batch_size: int = setting(64, "images per step, over all processes")
     micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
