@@ -5,9 +5,9 @@
 Conventions of the project, said once:
   letters   B images, N patch tokens, L latent tokens, D width, H latent channels, P patch size, S image size, K classes
   images    float B x 3 x S x S in [-1, 1] inside; uint8, rounded, at every border (files, npz, metrics)
-  seeds     every random draw is a function of (seed, step) in training and of (seed, image index) in sampling: a process
-            draws for the whole global batch and keeps its rows, so 1 and 8 processes see the same numbers and a resumed
-            run repeats the one that was cut
+  seeds     every random draw is a function of (seed, step) in training and of (seed, image number) in sampling: a
+            process draws for the whole global batch and keeps its rows, so 1 and 8 processes see the same numbers, and
+            a resumed run repeats the one that was cut
   progress  is counted in steps; --batch-size is the global one, whatever the number of processes
 """
 import argparse
@@ -55,7 +55,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True):
-    """Hold an advisory lock file, so that two processes never prepare the same thing; released when the process dies."""
+    """Hold an advisory lock file, so that no two processes prepare the same thing; it ends with the process."""
     with open(path, "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -115,8 +115,8 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Images of the built-in set, a pure function of (seed, index): uint8 B x 3 x size x size, and labels in 0..9.
 
-    An upright object of free colour, size, place and pose, lit from a free direction, over a soft two-colour ground with
-    two glows and its shadow. Rendered at twice the size and averaged down.
+    An upright object of free colour, size, place and pose, lit from a free direction, over a soft two-colour ground
+    with two glows and its shadow. Rendered at twice the size and averaged down.
     """
     index, w = np.asarray(index), 2 * size
     label = torch.from_numpy((index % len(SHAPES)).astype(np.int64))
@@ -435,8 +435,8 @@ def prepare(data: str, size: int) -> Path:
                 folder = extract(download(CIFAR10[0], cache / CIFAR10[0].rsplit("/", 1)[1], CIFAR10[1]),
                                  cache / "cifar10-files") / "cifar-10-batches-bin"
                 splits = {}
-                for split, names in (("train", [f"data_batch_{i}.bin" for i in range(1, 6)]), ("val", ["test_batch.bin"])):
-                    rows = np.concatenate([np.fromfile(folder / f, np.uint8).reshape(-1, 3073) for f in names])
+                for split, names in {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}.items():
+                    rows = np.concatenate([np.fromfile(folder / f"{f}.bin", np.uint8).reshape(-1, 3073) for f in names])
                     splits[split] = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
                 classes = (folder / "batches.meta.txt").read_text().split()
                 pack_arrays(out, 32, classes, "cifar10", splits)
@@ -586,7 +586,8 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
                                 help=f.metadata["help"] + ("" if sys.version_info < (3, 13) else default))
         else:
-            parser.add_argument(flag, *f.metadata["alias"], dest=f.name, type=types[f.name], choices=f.metadata["choices"] or None,
+            parser.add_argument(flag, *f.metadata["alias"], dest=f.name, type=types[f.name],
+                                choices=f.metadata["choices"] or None,
                                 metavar=None if f.metadata["choices"] else types[f.name].__name__.upper(),
                                 default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%") + default)
     given = vars(parser.parse_args(argv))
@@ -893,7 +894,8 @@ class Log:
         entry |= {name: float(f"{value:.6g}") for name, value in values.items()}
         seconds = time.perf_counter() - self.start
         entry |= {"images_per_s": round(self.count * self.batch / seconds, 1),
-                  "data_wait": round((self.batches.waited - self.waited) / seconds, 4), "memory_gib": memory_gib(self.run)}
+                  "data_wait": round((self.batches.waited - self.waited) / seconds, 4),
+                  "memory_gib": memory_gib(self.run)}
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if self.run.main:
             with open(self.path, "a") as handle:
@@ -916,8 +918,8 @@ def memory_gib(run: Run) -> float:
         return round(int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30, 2)
 
 
-def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles: list[str] = (), names: list[str] = ()) -> None:
-    """A picture of uint8 N x 3 x S x S, row by row; small images are enlarged. Titles over columns, names under cells."""
+def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles=(), names=()) -> None:
+    """A picture of uint8 N x 3 x S x S, row by row, small ones enlarged; titles over columns, names under cells."""
     n, _, s, _ = images.shape
     zoom, gap = max(1, 96 // s), 2
     cell, head, foot = s * zoom, 16 if titles else 0, 14 if names else 0

@@ -2,9 +2,9 @@
 
     torchrun diffusion.py                                # encodes the data once, trains -> out/diffusion/
 
-A latent x is one row of L tokens with H channels, normalised; eps is Gaussian noise of the same shape. Time t runs from 0
-(data) to 1 (noise): x_t = alpha x + sigma eps, and the network learns the velocity v = alpha' x + sigma' eps, on the linear
-path eps - x. Sampling follows v from t = 1 to t = 0.
+A latent x is one row of L tokens with H channels, normalised; eps is Gaussian noise of the same shape. Time t runs from
+0 (data) to 1 (noise): x_t = alpha x + sigma eps, and the network learns the velocity v = alpha' x + sigma' eps, on the
+linear path eps - x. Sampling follows v from t = 1 to t = 0.
 """
 import dataclasses
 import hashlib
@@ -176,7 +176,7 @@ class SiT(nn.Module):
     Parameters bear the names of the released checkpoints.
     """
 
-    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm: bool = False):
+    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm=False):
         super().__init__()
         self.shape, self.null = (length, channels), classes
         self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)
@@ -235,14 +235,14 @@ def velocity_loss(model, x, noise, t, y, path: str) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sampling. The state is float64, so that the sum of hundreds of small steps does not round; the network works in its own.
+# Sampling. The state is float64, so that hundreds of small steps add up without rounding; the network is not.
 
 
 def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0):
-    """velocity(x, t, gate=t) with classifier-free guidance where low <= gate <= high: v_null + scale (v_class - v_null).
+    """velocity(x, t, gate=t) with classifier-free guidance where low <= gate <= high: v_null + scale (v_class - v_null)
 
-    Outside the interval, and for scale <= 1, only the class branch is computed. The gate is the time at the start of the
-    step also for Heun's second evaluation, as in the official sampler.
+    Outside the interval, and for scale <= 1, only the class branch is computed. The gate is the time at the start of
+    the step also for Heun's second evaluation, as in the official sampler.
     """
     null = torch.full_like(y, model.null)
 
@@ -272,7 +272,7 @@ def sample_ode(velocity, noise: torch.Tensor, steps: int, heun: bool = False) ->
 def sample_sde(velocity, noise: torch.Tensor, steps: int, path: str, draw) -> torch.Tensor:
     """Euler-Maruyama with diffusion g^2 = 2t: steps - 1 noisy steps from t = 1 to 0.04, then one without noise to 0.
 
-    The score follows from the velocity; guidance, being inside it, acts on the whole drift. draw() gives N(0, 1) like x.
+    The score follows from the velocity; guidance, being inside it, acts on the whole drift. draw(): N(0, 1) like x.
     """
     times = np.append(np.linspace(1, 0.04, steps), 0.0)
     x = noise.double()
@@ -341,7 +341,7 @@ def fingerprint(model: nn.Module) -> str:
 @torch.no_grad()
 def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, chunk: int = 500) -> dict:
     """Write latents.npy (n x 2 x L x H float16: the image and its mirror image), labels.npy and meta.json with the
-    statistics; return meta. Shared out over the processes, continued where it was cut, refused if it is of other things.
+    statistics; return meta. Shared out over the processes, continued where it was cut, refused if of other things.
     """
     belongs = {"tokenizer": fingerprint(tokenizer), "data": images.fingerprint, "images": len(images)}
     meta = folder / "meta.json"
@@ -385,7 +385,7 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
 
 
 class LatentBatches:
-    """`batches(step)`: this process's rows of the global batch, normalised, each image or its mirror image; and labels."""
+    """`batches(step)`: this process's rows of the global batch, normalised, image or mirror image; and labels."""
 
     def __init__(self, folder: Path, mean, std, cfg: Config, run: Run):
         latents = np.load(folder / "latents.npy", mmap_mode="r")
@@ -460,7 +460,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
 
 
 def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config, dict]:
-    """The averaged model of a checkpoint in evaluation mode, its config, and the facts stored with it (mean, std, ...)."""
+    """The averaged model of a checkpoint, its config, and the facts stored with it (mean, std, classes, ...)."""
     state = load_checkpoint(path, "diffusion")
     cfg, ema = Config(**state["config"]), state["ema"]
     model = build(cfg, ema["pos_embed"].shape[1], ema["x_embedder.weight"].shape[1], len(state["classes"]))
@@ -490,7 +490,8 @@ def main():
     decode = latent_decoder(tokenizer, mean, std)
     classes = len(images.classes)
     how = Sampling(cfg.sampler, cfg.sampling_steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    run.print(f"latents of {len(images)} images: {tok.latents} x {tok.channels}, std {[round(s, 2) for s in meta['std']]}")
+    run.print(f"latents of {len(images)} images: {tok.latents} x {tok.channels}, "
+              f"std {min(meta['std']):.2f} to {max(meta['std']):.2f}")
 
     def preview(model):
         per = max(1, min(8, 80 // classes))
@@ -505,8 +506,8 @@ def main():
     run.barrier()
 
 
-def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, images: Images, how: Sampling, facts: dict,
-             began: float) -> None:
+def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, images: Images, how: Sampling,
+             facts: dict, began: float) -> None:
     """Score samples beside what bounds them: real and reconstructed validation images above, decoded noise below."""
     n, classes = cfg.samples, len(images.classes)
     y = torch.arange(n) % classes

@@ -2,8 +2,8 @@
 
     torchrun fid.py                                      # out/samples/samples.npz against its data -> metrics.json
 
-A Frechet distance is named after its features: `fd_classifier` uses a small network trained here on the labels of the data
-set itself, and says nothing about numbers published as FID, which need the Inception weights of 2015.
+A Frechet distance is named after its features: `fd_classifier` uses a small network trained here on the labels of the
+data set itself, and says nothing about numbers published as FID, which need the Inception weights of 2015.
 """
 import itertools
 import json
@@ -76,8 +76,8 @@ class Moments:
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
 
-    The trace of the root is the sum of the root eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): always real, and finite
-    for covariances without full rank, which scipy's sqrtm of the product is not.
+    The trace of the root is the sum of the root eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): always real, and
+    finite for covariances without full rank, which scipy's sqrtm of the product is not.
     """
     mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
@@ -156,7 +156,7 @@ class Made:
 
 @torch.no_grad()
 def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run, batch: int = 500) -> tuple:
-    """Mean and covariance of the features of uint8 images (a tensor, Images or Made), and the share of labels recognised."""
+    """Mean and covariance of the features of uint8 images (tensor, Images, Made), and the share of labels recognised."""
     moments, right = Moments(net.WIDTH, run.device), torch.zeros(1, device=run.device)
     starts = range(batch * run.rank, len(images), batch * run.world)
     for i in tqdm(starts, desc="features", leave=False, disable=None if run.main else True):
@@ -169,7 +169,7 @@ def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run,
 
 
 class Judge:
-    """The classifier of a data set with the statistics of its training images and, as reference, of its validation images.
+    """The classifier of a data set, the statistics of its training images, and the validation images' own score.
 
     Made once per data set and size and kept in the cache.
     """

@@ -72,7 +72,8 @@ def main():
     labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
     guidance = 1.0 if len(classes) == 1 else cfg.guidance
     how = Sampling(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in [*model.parameters(), *tokenizer.parameters()]))
+    parameters = [*model.parameters(), *tokenizer.parameters()]
+    weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in parameters))
     facts = dataclasses.asdict(how) | {
         "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
         "training_steps": state["step"], "weights": weights.hexdigest()[:16], "precision": run.precision,
@@ -97,7 +98,7 @@ def main():
 
 
 def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.ndarray:
-    """All images as one memory-mapped uint8 n x S x S x 3, written in blocks as they come and continued where it was cut."""
+    """All images as one memory-mapped uint8 n x S x S x 3, written in blocks and continued where it was cut."""
     belongs = folder / "belongs.json"
     if run.main:
         if cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts:

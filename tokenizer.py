@@ -2,10 +2,10 @@
 
     torchrun tokenizer.py                                # stage 1, stage 2, evaluation -> out/tokenizer/
 
-An image becomes L latent tokens of H channels. Stage 1 (Sec. 3.2) trains encoder and decoder while 40-60 % of the patches
-are replaced by a mask token, and shallow auxiliary decoders must predict features (here HOG) of the hidden patches from
-the same latents. Stage 2 (Sec. 3.3) freezes the encoder and tunes the pixel decoder until it sees whole images again.
-There is no KL term: what makes the latents easy for a diffusion model is their structure.
+An image becomes L latent tokens of H channels. Stage 1 (Sec. 3.2) trains encoder and decoder while 40-60 % of the
+patches are replaced by a mask token, and shallow auxiliary decoders must predict features (here HOG) of the hidden
+patches from the same latents. Stage 2 (Sec. 3.3) freezes the encoder and tunes the pixel decoder until it sees whole
+images again. There is no KL term: what makes the latents easy for a diffusion model is their structure.
 
 Letters: B images, N patch tokens, L latent tokens, D width, H latent channels, P patch size, S image size.
 """
@@ -68,7 +68,7 @@ class Config(Common):
     decoder: str = setting("plain", "plain: Eq. 5; modulated: as released, the latents also scale and shift their own "
                            "rows inside each layer", ("plain", "modulated"))
     dec_class_token: bool = setting(False, "a class token in the decoder, too")
-    positions: str = setting("rope", "of image tokens: learned-frequency 2D RoPE, or a learned table", ("rope", "table"))
+    positions: str = setting("rope", "of image tokens: 2D RoPE of learned frequency, or a table", ("rope", "table"))
     mask_min: float = setting(0.4, "lowest share of patches hidden in stage 1")
     mask_max: float = setting(0.6, "highest share of patches hidden in stage 1; 0: a plain autoencoder")
     targets: str = setting("hog", "features the auxiliary decoders predict: hog, or none")
@@ -138,7 +138,7 @@ def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of neighbouring channels (2i, 2i+1) by its angle, in fp32: B x heads x T x d, tables heads x T x d/2."""
+    """Turn each pair of channels (2i, 2i+1) by its angle, in fp32: x is B x heads x T x d, tables heads x T x d/2."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
@@ -156,8 +156,8 @@ def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> 
 def rope_tables(freqs: torch.Tensor, heads: int, grid: tuple[int, int], before: int, after: int):
     """cos and sin for every layer: depth x heads x T x d/2, T = before + rows*columns + after.
 
-    Image token n stands at column n mod columns, row n div columns; class tokens (before) and latent tokens (after) have
-    no place in the image and are not turned: their angle is 0.
+    Image token n stands at column n mod columns, row n div columns; class tokens (before) and latent tokens (after)
+    have no place in the image and are not turned: their angle is 0.
     """
     n = torch.arange(grid[0] * grid[1], device=freqs.device)
     x, y = (n % grid[1]).float()[:, None], (n // grid[1]).float()[:, None]
@@ -200,10 +200,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer. With `channels`, the latent rows are scaled and shifted by the latents z themselves.
+    """A pre-norm transformer layer. With `channels`, the latents z scale and shift their own rows.
 
-    That is the decoder of the released model: norms without weights; y*scale + shift (not 1 + scale) on the last L rows,
-    from a layer that starts at zero, so that at first the decoder sees nothing of z.
+    That is the decoder of the released model: norms without weights; y*scale + shift (not 1 + scale) on the last L
+    rows, from a layer that starts at zero, so that at first the decoder sees nothing of z.
     """
 
     def __init__(self, width: int, heads: int, channels: int = 0):
@@ -303,7 +303,7 @@ def run_blocks(net, x, grid, before, after, z=None):
 
 
 class Tokenizer(nn.Module):
-    """The autoencoder with its auxiliary decoders. Images float B x 3 x S x S in [-1, 1]; latents B x L x H, unbounded."""
+    """The autoencoder and its auxiliary decoders: images B x 3 x S x S in [-1, 1], latents B x L x H, unbounded."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -374,14 +374,15 @@ def hog(x: torch.Tensor, patch: int, cell: int = 0, window: int = -1) -> torch.T
         w = torch.outer(w, w) / w.sum() ** 2
         magnitude = magnitude * w.repeat(s // window, s // window)
     bins = torch.floor(torch.atan2(gx, gy) / math.pi * HOG_BINS).long() % HOG_BINS
-    histogram = torch.zeros(b, c, HOG_BINS, s, s, device=x.device).scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
+    histogram = torch.zeros(b, c, HOG_BINS, s, s, device=x.device)
+    histogram.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
     histogram = F.avg_pool2d(histogram.flatten(1, 2), cell) * cell**2
     histogram = F.normalize(histogram.unflatten(1, (c, HOG_BINS)), dim=2).flatten(1, 2)   # B x 27 x S/cell x S/cell
     return F.pixel_unshuffle(histogram, patch // cell).flatten(2).transpose(1, 2)
 
 
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Eq. 8: squared error on the hidden patches only, mean over them and the features; over all where none is hidden."""
+    """Eq. 8: squared error on the hidden patches only, mean over them and the features; mask None means all patches."""
     error = (prediction.float() - target).square().mean(-1)
     return error.mean() if mask is None else (error * mask).sum() / mask.sum()
 
@@ -419,7 +420,8 @@ def train_stage1(cfg: Config, run: Run, images: Images, state: dict | None) -> T
             loss.backward()
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + value.detach() * share
-        terms["grad"] = optimizer_step(optimizers, params, learning_rate(step, cfg.steps, cfg.warmup, "cosine"), cfg.clip)
+        rate = learning_rate(step, cfg.steps, cfg.warmup, "cosine")
+        terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
         ema.update(step)
         log(step + 1, **terms)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
@@ -437,7 +439,8 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, state
         done = restore(state, model, ema, optimizers)
     parallel, params = run.parallel(model, cfg.compile), list(model.decoder.parameters())
     batches = Batches(images, cfg.batch_size, cfg.seed + 1, run)
-    log = Log(run, Path(cfg.out) / "log.jsonl", "stage 2", done, cfg.stage2_steps, cfg.batch_size, cfg.log_every, batches)
+    path = Path(cfg.out) / "log.jsonl"
+    log = Log(run, path, "stage 2", done, cfg.stage2_steps, cfg.batch_size, cfg.log_every, batches)
     n = (cfg.size // cfg.patch) ** 2
     for step in range(done, cfg.stage2_steps):
         x, _ = batches(step)
@@ -464,7 +467,8 @@ def save(cfg, run, stage, step, model, ema, optimizers):
     if run.main:
         save_checkpoint(Path(cfg.out) / "ckpt.pt", {
             "kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": stage, "step": step,
-            "model": model.state_dict(), "ema": ema.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+            "model": model.state_dict(), "ema": ema.model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers]})
 
 
 def restore(state: dict, model, ema, optimizers) -> int:
@@ -490,16 +494,16 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
 # The released weights
 
 RENAMED = (("post_quant_conv.", "decoder.from_latent."), ("quant_conv.", "to_latent."), ("to_pixel.model.", "head."),
-           (".model.", "."), ("cls_token", "class_token"), (".freqs", ".rope_freqs"), ("patch_embed.proj", "patch_embed"),
-           ("adaLN_modulation", "modulation"))
+           (".model.", "."), ("cls_token", "class_token"), (".freqs", ".rope_freqs"),
+           ("patch_embed.proj", "patch_embed"), ("adaLN_modulation", "modulation"))
 
 
 def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_heads: int = 0) -> tuple[Tokenizer, Config]:
-    """The released AEModel's state dict as our Tokenizer; heads default to 64 channels each, as all released sizes have.
+    """The released AEModel's state dict as our Tokenizer; heads default to 64 channels each, as in all released sizes.
 
     Folded away exactly: LayerScale (into the matrix before it) and what never reaches the output (RoPE grids, the
-    decoder's position table beside RoPE, its patch embedding, the modulation of its last norm). A key that is missing or
-    left over is an error that names it.
+    decoder's position table beside RoPE, its patch embedding, the modulation of its last norm). A key that is missing
+    or left over is an error that names it.
     """
     rope = "encoder.freqs" in weights
     dead = ("freqs_t_x", "freqs_t_y", "decoder.model.patch_embed.", "decoder.model.norm.adaLN_modulation.")
@@ -569,7 +573,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang et al. 2004)."""
+    """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang 2004)."""
     w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
     w = (torch.outer(w, w) / w.sum() ** 2)[None, None]
 
@@ -649,7 +653,7 @@ def main():
     run.barrier()
 
 
-def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer, stage2: Tokenizer, metrics: dict, began):
+def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer, stage2: Tokenizer, metrics, began):
     """recon.png, metrics.json and a few lines: what the two stages achieved."""
     out, (z, y), (v1, _) = Path(cfg.out), encode_some(stage2, val, run), encode_some(stage1, val, run)
     metrics["latents_unchanged_by_stage2"] = torch.equal(z, v1)
@@ -660,7 +664,8 @@ def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer,
                 "stage2_steps": cfg.stage2_steps, "commit": commit(), "seconds": round(time.time() - began)}
     write_json(out / "metrics.json", metrics)
     for name in ("stage1", "stage2"):
-        run.print(f"{name}: validation PSNR {metrics[name]['psnr']:.2f} dB, SSIM {metrics[name].get('ssim', math.nan):.3f}")
+        row = metrics[name]
+        run.print(f"{name}: validation PSNR {row['psnr']:.2f} dB, SSIM {row.get('ssim', math.nan):.3f}")
     run.print(f"latents bit-identical before and after stage 2: {metrics['latents_unchanged_by_stage2']}")
     if "linear_probe" in metrics:
         run.print(f"linear probe of the latents: {metrics['linear_probe']:.1%} of {len(train.classes)} classes")
