@@ -11,6 +11,7 @@ Conventions of the project, said once:
   progress  is counted in steps; --batch-size is the global one, whatever the number of processes
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -21,6 +22,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -298,7 +300,8 @@ def pack_rows(job) -> tuple[int, list]:
 def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None:
     """Decode, crop and store a folder of images once; a broken-off packing is continued.
 
-    Unreadable files are named with their reason; more than 1 % of them ends the run with an error.
+    A folder is known again by the names and sizes of its files. Unreadable files are named with their reason; more
+    than 1 % of them ends the run with an error.
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     classes, listing = list_folder(root)
@@ -348,6 +351,7 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None
         for _, _, path, reason in bad:
             tqdm.write(f"unreadable: {path!r}: {reason}")
         if len(bad) > 0.01 * total:
+            progress.unlink()                            # what is mended will be read anew
             fail(f"--data {root}: {len(bad)} of {total} images are unreadable (listed above), more than 1 %; "
                  "mend or remove them")
         for split, files in listing.items():
@@ -517,8 +521,9 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
 class Batches:
     """Training batches: `batches(step)` gives this process's rows of the global batch, float in [-1, 1], and labels.
 
-    The whole set lives on the device if it takes less than a third of its free memory; else one thread gathers the
-    next batch from the memory map while the current one is used. `waited` counts the seconds spent waiting for data.
+    On a GPU the whole set lives on the device if it takes less than a third of its free memory; else, and for large
+    sets on a CPU, one thread gathers the next batch from the memory map while the current one is used. `waited` counts
+    the seconds spent waiting for data.
     """
 
     def __init__(self, images: Images, batch: int, seed: int, run: "Run", flip: bool = True):
@@ -556,16 +561,16 @@ class Batches:
 # =====================================================================================================================
 
 
-def setting(default, help: str, choices: tuple = (), alias: tuple = ()):
-    """A field of a stage's config: its default, what --help says of it, and other names of its flag."""
-    return field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
+def setting(default, help: str, choices: tuple = (), alias: tuple = (), least: float = 0):
+    """A field of a stage's config: its default, what --help says of it, other names of its flag, its least value."""
+    return field(default=default, metadata={"help": help, "choices": choices, "alias": alias, "least": least})
 
 
 @dataclass
 class Common:
     """Settings that every stage has."""
     seed: int = setting(0, "seed of everything random in this run")
-    fresh: bool = setting(False, "start over, ignoring what --out holds")
+    fresh: bool = setting(False, "start over: remove the checkpoints and the log that --out holds")
     compile: bool = setting(torch.cuda.is_available(), "torch.compile the networks (needs a C++ compiler on a CPU)")
     precision: str = setting("auto", "matrix arithmetic: auto is bf16 where the hardware multiplies it",
                              ("auto", "fp32", "bf16"))
@@ -593,6 +598,10 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
     given = vars(parser.parse_args(argv))
     chosen = given.pop("preset", None)
     cfg = cls(**(presets.get(chosen, {}) | given))
+    for f in dataclasses.fields(cls):
+        value = getattr(cfg, f.name)
+        if isinstance(value, (int, float)) and not value >= f.metadata["least"]:
+            parser.error(f"--{f.name.replace('_', '-')} {value} must be at least {f.metadata['least']}")
     try:
         cfg.check()
     except ValueError as error:
@@ -616,16 +625,21 @@ class Run:
     def main(self) -> bool:
         return self.rank == 0
 
-    def claim(self, out: str | Path) -> Path:
+    def claim(self, out: str | Path, fresh: bool = False) -> Path:
         """Make the output folder and keep it locked until this process ends; a second run in it is refused."""
+        out = Path(out)
         if self.main:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            self.claims.enter_context(locked(Path(out) / ".lock", wait=False))
+            out.mkdir(parents=True, exist_ok=True)
+            self.claims.enter_context(locked(out / ".lock", wait=False))
+            for name in ("ckpt.pt", "stage1.pt", "log.jsonl") if fresh else ():
+                (out / name).unlink(missing_ok=True)
         self.barrier()
-        return Path(out)
+        return out
 
     def rows(self, batch: int) -> slice:
         """This process's rows of a global batch."""
+        if batch % self.world:
+            fail(f"--batch-size {batch} must be a multiple of the {self.world} processes that share it")
         return slice(batch * self.rank // self.world, batch * (self.rank + 1) // self.world)
 
     def print(self, *text) -> None:
@@ -672,7 +686,7 @@ class Run:
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware."""
     info = Path("/proc/cpuinfo")
-    return info.exists() and any(flag in info.read_text() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return info.exists() and "bf16" in info.read_text()   # avx512_bf16, amx_bf16; on Arm: bf16
 
 
 def start(cfg) -> Run:
@@ -680,15 +694,19 @@ def start(cfg) -> Run:
     rank, world, local = (int(os.environ.get(name, d)) for name, d in
                           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            fail(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = False          # fp32 means fp32; speed comes from bf16
         bf16 = torch.cuda.is_bf16_supported()
     else:
         device, bf16 = torch.device("cpu"), fast_bf16()
     if world > 1 and not dist.is_initialized():
         # Preparing a large data set on one process can take hours; torchrun ends the others at once if one dies.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12),
+                                device_id=device if device.type == "cuda" else None)
+        atexit.register(dist.destroy_process_group)
     if cfg.precision == "auto":
         cfg.precision = "bf16" if bf16 else "fp32"
     run = Run(rank, world, device, cfg.precision)
@@ -795,14 +813,18 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     return state
 
 
-FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch"}
+FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
+        "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high"}          # what may differ on resuming
 
 
-def resume(path: Path, kind: str, cfg, run: Run) -> dict | None:
-    """The checkpoint to go on from, or None; a run with other settings is refused with the first difference."""
-    if cfg.fresh or not path.exists():
+def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:
+    """The checkpoint to go on from, or None; one with other settings, data or latents (`belongs`) is refused."""
+    if not path.exists():
         return None
     state = load_checkpoint(path, kind)
+    for name, value in belongs.items():
+        if state[name] != value:
+            fail(f"{path} was made with another {name.replace('_', ' ')}; use --fresh to start over, or another --out")
     for name, old in state["config"].items():
         new = getattr(cfg, name, None)
         if name not in FREE and old != new:
@@ -857,15 +879,16 @@ def write_json(path: Path, facts: dict) -> None:
 
 
 class Log:
-    """One line on the terminal and one in log.jsonl every `every` steps: means of the terms since the line before.
+    """One line on the terminal and one in log.jsonl every --log-every steps: means of the terms since the line before.
 
     A term is a value, or a pair (sum, count) whose ratio is shown. Terms stay on the device until the line is due, so a
     step never waits for the host. Also carries the progress bar.
     """
 
-    def __init__(self, run: Run, path: Path, stage: str, step: int, steps: int, batch: int, every: int, batches):
-        self.run, self.path, self.stage, self.steps, self.batch = run, path, stage, steps, batch
-        self.every, self.batches = max(1, every), batches
+    def __init__(self, run: Run, cfg, stage: str, step: int, steps: int, batches):
+        self.run, self.path, self.stage, self.steps = run, Path(cfg.out) / "log.jsonl", stage, steps
+        self.cfg, self.batch, self.batches = cfg, cfg.batch_size, batches
+        path = self.path
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=None if run.main else True, mininterval=1)
         if run.main and path.exists():                   # lines after the checkpoint we continue from will come again
             kept = []
@@ -886,7 +909,8 @@ class Log:
             self.terms[name] = self.terms.get(name, 0) + pair.detach().float()
         self.count += 1
         self.bar.update()
-        if step % self.every and step != self.steps:
+        # also before every checkpoint, so that none is written after a loss that is not finite
+        if step % self.cfg.log_every and step % self.cfg.save_every and step != self.steps:
             return
         sums = self.run.sum(torch.stack(list(self.terms.values()))).tolist()
         values = {name: total / count for name, (total, count) in zip(self.terms, sums) if count}
@@ -911,11 +935,11 @@ class Log:
 
 
 def memory_gib(run: Run) -> float:
-    """Memory in use: the GPU's peak, or this process's resident set."""
+    """The most memory used so far, of the GPU or of this process."""
     if run.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    with open("/proc/self/statm") as handle:
-        return round(int(handle.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30, 2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
 def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles=(), names=()) -> None:

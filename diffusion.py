@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +57,15 @@ class Config(Common):
     """Defaults are the preset `quick`."""
     tokenizer: str = setting("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py; it also names the data and the size")
     out: str = setting("out/diffusion", "folder for ckpt.pt, latents/, log.jsonl, samples.png, metrics.json")
-    width: int = setting(192, "width D")
-    depth: int = setting(6, "layers")
-    heads: int = setting(3, "attention heads")
+    width: int = setting(192, "width D", least=1)
+    depth: int = setting(6, "layers", least=1)
+    heads: int = setting(3, "attention heads", least=1)
     qk_norm: bool = setting(False, "normalise queries and keys")
     path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
     time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
     label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
     steps: int = setting(1000, "training steps")
-    batch_size: int = setting(256, "latents per step, over all processes")
+    batch_size: int = setting(256, "latents per step, over all processes", least=1)
     micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
@@ -77,20 +78,20 @@ class Config(Common):
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
     sampler: str = setting("heun", "solver for previews and the evaluation", ("euler", "heun", "sde"))
-    sampling_steps: int = setting(25, "its steps")
-    guidance: float = setting(1.5, "its guidance scale; 1: none")
+    sampling_steps: int = setting(25, "its steps", least=1)
+    guidance: float = setting(1.5, "its guidance scale; 1: none", least=1)
     guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
     guidance_high: float = setting(0.75, "... and t <= guidance_high")
     samples: int = setting(2000, "images sampled for the evaluation after training; 0: none")
-    log_every: int = setting(200, "steps between lines of the log")
-    save_every: int = setting(500, "steps between checkpoints")
-    preview_every: int = setting(400, "steps between previews in samples.png")
+    log_every: int = setting(200, "steps between lines of the log", least=1)
+    save_every: int = setting(500, "steps between checkpoints", least=1)
+    preview_every: int = setting(400, "steps between previews in samples.png", least=1)
 
     def check(self):
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"--width {self.width} must be even and a multiple of --heads {self.heads}")
-        if min(self.width, self.depth, self.heads, self.batch_size, self.sampling_steps) < 1 or self.steps < 0:
-            raise ValueError("sizes, --batch-size and numbers of steps must be positive")
+        if not self.guidance_low <= self.guidance_high <= 1:
+            raise ValueError("0 <= --guidance-low <= --guidance-high <= 1 is needed")
 
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -426,7 +427,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
     if state:
         done = restore(state, model, ema, optimizers)
     parallel, params = run.parallel(model, cfg.compile), [p for p in model.parameters() if p.requires_grad]
-    log = Log(run, Path(cfg.out) / "log.jsonl", "diffusion", done, cfg.steps, cfg.batch_size, cfg.log_every, batches)
+    log = Log(run, cfg, "diffusion", done, cfg.steps, batches)
     edges = torch.tensor([0.25, 0.5, 0.75], device=run.device)
     for step in range(done, cfg.steps):
         x, y = batches(step)
@@ -478,18 +479,19 @@ def main():
     run, began = start(cfg), time.time()
     tokenizer, tok = load_tokenizer(cfg.tokenizer, run.device)
     images = run.first(lambda: load_images(tok.data, tok.size, "train"))
-    out = run.claim(cfg.out)
-    state = resume(out / "ckpt.pt", "diffusion", cfg, run)
+    out = run.claim(cfg.out, cfg.fresh)
     if cfg.fresh and run.main and (out / "latents").exists():
-        for file in (out / "latents").iterdir():
-            file.unlink()
+        (out / "latents").rename(out / "latents.old")    # at once: half a folder must not look whole
+        shutil.rmtree(out / "latents.old")
     meta = encode_data(tokenizer, images, out / "latents", run)
     facts = {"mean": meta["mean"], "std": meta["std"], "classes": images.classes, "data": tok.data, "size": tok.size,
              "tokenizer_weights": meta["tokenizer"]}
+    state = resume(out / "ckpt.pt", "diffusion", cfg, {"tokenizer_weights": meta["tokenizer"]}, run)
     mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
     decode = latent_decoder(tokenizer, mean, std)
     classes = len(images.classes)
-    how = Sampling(cfg.sampler, cfg.sampling_steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
+    guidance = cfg.guidance if classes > 1 else 1.0      # without classes there is nothing to guide to
+    how = Sampling(cfg.sampler, cfg.sampling_steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
     run.print(f"latents of {len(images)} images: {tok.latents} x {tok.channels}, "
               f"std {min(meta['std']):.2f} to {max(meta['std']):.2f}")
 
@@ -509,22 +511,20 @@ def main():
 def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, images: Images, how: Sampling,
              facts: dict, began: float) -> None:
     """Score samples beside what bounds them: real and reconstructed validation images above, decoded noise below."""
-    n, classes = cfg.samples, len(images.classes)
+    n, classes, rows = cfg.samples, len(images.classes), {}
     y = torch.arange(n) % classes
     val = load_images(facts["data"], facts["size"], "val")
     if classes == 1:
-        run.print("one class: fd_classifier is not available, the samples are in samples.png")
-        return
-    judge = Judge(images, val, run)
-
-    with torch.no_grad():
-        shape = model.shape
-        noise = Made(n, lambda i: to_uint8(decode(ImageNoise(i, cfg.seed, shape, run.device)())))
-        rows = {"samples": judge(Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run)), y),
-                "decoded noise": judge(noise, y),
-                "reconstructed validation images": judge(Made(len(val), lambda i: reconstruct(tokenizer, val[i], run)),
-                                                         val.labels),
-                "real validation images": judge.reference}
+        run.print("one class only: fd_classifier is not available; look at samples.png")
+    else:
+        judge = Judge(images, val, run)
+        remade = Made(len(val), lambda i: reconstruct(tokenizer, val[i], run))
+        noise = Made(n, lambda i: to_uint8(decode(ImageNoise(i, cfg.seed, model.shape, run.device)())))
+        with torch.no_grad():
+            rows = {"samples": judge(Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run)), y),
+                    "decoded noise": judge(noise, y),
+                    "reconstructed validation images": judge(remade, val.labels),
+                    "real validation images": judge.reference}
     if run.main:
         write_json(Path(cfg.out) / "metrics.json", {
             "rows": rows, "sampling": dataclasses.asdict(how), "labels": "balanced", "features": "classifier",

@@ -156,7 +156,7 @@ class Made:
 
 @torch.no_grad()
 def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run, batch: int = 500) -> tuple:
-    """Mean and covariance of the features of uint8 images (tensor, Images, Made), and the share of labels recognised."""
+    """Mean and covariance of the features of uint8 images (tensor, Images, Made), and the share of labels known."""
     moments, right = Moments(net.WIDTH, run.device), torch.zeros(1, device=run.device)
     starts = range(batch * run.rank, len(images), batch * run.world)
     for i in tqdm(starts, desc="features", leave=False, disable=None if run.main else True):
@@ -209,14 +209,17 @@ def load_samples(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
     """uint8 N x 3 x S x S, labels or None, and the facts sample.py stored with them."""
     try:
         with np.load(path) as file:
-            images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+            pixels = file["arr_0"]
+            if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+                raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             labels = torch.from_numpy(file["labels"]) if "labels" in file else None
             facts = json.loads(str(file["facts"])) if "facts" in file else {}
-        if images.dtype != torch.uint8 or images.shape[1] != 3:
-            raise ValueError(f"arr_0 is {images.dtype} {tuple(images.shape)}")
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for {len(images)} images")
     except FileNotFoundError:
         fail(f"{path}: no such file; sample.py writes it")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         fail(f"{path} is not a file of samples ({error}); arr_0 must be uint8 n x S x S x 3")
     return images, labels, facts
 
@@ -229,6 +232,9 @@ def main():
     if not data:
         fail(f"{cfg.samples} does not name its data set; give --data")
     train = run.first(lambda: load_images(data, size, "train"))
+    if len(train.classes) == 1:
+        run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available; nothing written")
+        return
     judge = Judge(train, load_images(data, size, "val"), run)
     metrics = {"samples": judge(images, labels), "validation_images": judge.reference}
     metrics |= {"features": "classifier", "against": f"{len(train)} training images of {data}", "sampling": facts,

@@ -26,21 +26,20 @@ class Config(Common):
     model: str = setting("out/diffusion/ckpt.pt", "checkpoint of diffusion.py")
     tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
     out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
-    n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)", alias=("--images",))
+    n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)",
+                     alias=("--images",), least=1)
     labels: str = setting("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
     sampler: str = setting("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
                            ("euler", "heun", "sde"))
-    steps: int = setting(25, "steps of the sampler")
-    guidance: float = setting(1.5, "scale of classifier-free guidance; 1: none")
+    steps: int = setting(25, "steps of the sampler", least=1)
+    guidance: float = setting(1.5, "scale of classifier-free guidance; 1: none", least=1)
     guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
     guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
-    batch_size: int = setting(250, "images a process makes at a time")
+    batch_size: int = setting(250, "images a process makes at a time", least=1)
 
     def check(self):
-        if min(self.n, self.steps, self.batch_size) < 1:
-            raise ValueError("--n, --steps and --batch-size must be positive")
-        if self.guidance < 1 or not 0 <= self.guidance_low <= self.guidance_high <= 1:
-            raise ValueError("--guidance >= 1 and 0 <= --guidance-low <= --guidance-high <= 1 are needed")
+        if not self.guidance_low <= self.guidance_high <= 1:
+            raise ValueError("0 <= --guidance-low <= --guidance-high <= 1 is needed")
 
 
 def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarray:
@@ -77,18 +76,20 @@ def main():
     facts = dataclasses.asdict(how) | {
         "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
         "training_steps": state["step"], "weights": weights.hexdigest()[:16], "precision": run.precision,
-        "batch_size": cfg.batch_size, "commit": commit()}
+        "batch_size": cfg.batch_size}
     out = run.claim(cfg.out)
     images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
         model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, trained.path, run))
     if run.main:
         part = out / "samples.part.npz"
+        facts["commit"] = commit()
         np.savez(part, arr_0=images, labels=labels, classes=np.array(classes), facts=np.array(json.dumps(facts)))
         part.replace(out / "samples.npz")
         shown = min(cfg.n, 80)
         columns = min(10, len(classes) if len(classes) > 1 else 8)
         save_grid(out / "grid.png", torch.from_numpy(np.array(images[:shown])).permute(0, 3, 1, 2), columns,
                   names=[classes[c] for c in labels[:shown]] if len(classes) > 1 else [])
+        (out / "parts/belongs.json").unlink()            # first what makes the parts count
         shutil.rmtree(out / "parts")
         calls = {"euler": cfg.steps, "heun": 2 * cfg.steps - 1, "sde": cfg.steps}[cfg.sampler]
         run.print(f"{cfg.n} images of {cfg.model} ({cfg.sampler}, {calls} network calls, guidance {guidance:g} on "
@@ -102,6 +103,7 @@ def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.nda
     belongs = folder / "belongs.json"
     if run.main:
         if cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts:
+            belongs.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)    # nothing yet, or of other settings or weights
             folder.mkdir(parents=True)
             write_json(belongs, facts)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch: the tests are for the CPU
 import torch
 from PIL import Image
 
@@ -465,8 +467,8 @@ def test_batches_cover_each_epoch_and_are_disjoint_across_ranks():
     for epoch in range(3):
         assert sorted(seen[103 * epoch:103 * (epoch + 1)]) == list(range(103))
     assert not np.array_equal(seen[:103], seen[103:206])
-    rows = [list(range(50))[data.Run(r, 4, torch.device("cpu"), "fp32").rows(50)] for r in range(4)]
-    assert [i for part in rows for i in part] == list(range(50))
+    rows = [list(range(52))[data.Run(r, 4, torch.device("cpu"), "fp32").rows(52)] for r in range(4)]
+    assert [i for part in rows for i in part] == list(range(52))
     pixels = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
     images = data.Images(pixels, torch.arange(9), ["a"], "")
     whole, _ = data.Batches(images, 8, 0, cpu_run())(3)
@@ -602,6 +604,20 @@ def test_two_processes_train_as_one(chain, tmp_path):
         assert np.abs(np.array(a) / np.array(b) - 1).max() < 1e-4
 
 
+def test_a_flat_folder_goes_through_all_scripts(cache, tmp_path):
+    """One class; the plain autoencoder without masking, on two processes; the scores that need labels are left out."""
+    pictures = make_folder(tmp_path / "x", 60, ("flat",)) / "flat"
+    args = [*TINY, "--data", pictures, "--mask-min", "0", "--mask-max", "0", "--targets", "none"]
+    script("tokenizer", *args, "--steps", "4", "--stage2-steps", "3", cwd=tmp_path, processes=2)
+    script("diffusion", *TINY_SIT, "--steps", "4", "--samples", "8", cwd=tmp_path)
+    script("sample", "--n", "9", "--steps", "2", cwd=tmp_path)
+    assert "one class only" in script("fid", cwd=tmp_path).stdout
+    with np.load(tmp_path / "out/samples/samples.npz") as z:
+        assert z["arr_0"].shape == (9, 16, 16, 3) and json.loads(str(z["facts"]))["guidance"] == 1.0
+    odd = script("diffusion", *TINY_SIT, "--batch-size", "15", "--out", "odd", cwd=tmp_path, processes=2, check=False)
+    assert odd.returncode and "--batch-size 15 must be a multiple of the 2 processes" in odd.stderr
+
+
 def weights_of(path) -> dict:
     state = torch.load(path, weights_only=True)
     return {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()}
@@ -649,7 +665,10 @@ MISTAKES = [
     ("diffusion", ["--width", "25"], "--width 25"),
     ("diffusion", ["--sampler", "dopri"], "invalid choice: 'dopri'"),
     ("sample", ["--n", "0"], "--n"),
-    ("sample", ["--guidance", "0.5"], "--guidance >= 1"),
+    ("sample", ["--guidance", "0.5"], "--guidance 0.5 must be at least 1"),
+    ("diffusion", ["--heads", "0"], "--heads 0 must be at least 1"),
+    ("diffusion", ["--seed", "-1"], "--seed -1 must be at least 0"),
+    ("diffusion", ["--guidance-high", "2"], "--guidance-low <= --guidance-high"),
     ("sample", ["--model", "none.pt"], "none.pt: no such checkpoint"),
     ("sample", ["--labels", "unicorn", "--model", "CHAIN/out/diffusion/ckpt.pt", "--tokenizer",
                 "CHAIN/out/tokenizer/ckpt.pt"], "'unicorn' is none of the classes"),
@@ -732,10 +751,13 @@ def test_log_terms_may_be_ratios(tmp_path):
     class Source:
         waited = 0.0
 
-    log = data.Log(cpu_run(), tmp_path / "log.jsonl", "s", 0, 4, 8, 2, Source())
+    class Config:
+        out, batch_size, log_every, save_every = tmp_path, 8, 2, 100
+
+    log = data.Log(cpu_run(), Config, "s", 0, 4, Source())
     for step in range(4):
         log(step + 1, loss=torch.tensor(float(step)), part=(torch.tensor(6.0 * step), torch.tensor(2.0 + step)))
     first, last = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["loss"] == 0.5 and first["part"] == pytest.approx(6 / 5) and last["images"] == 32
     with pytest.raises(SystemExit, match="loss is not finite"):
-        data.Log(cpu_run(), tmp_path / "x.jsonl", "s", 0, 4, 8, 1, Source())(1, loss=torch.tensor(float("nan")))
+        log(4, loss=torch.tensor(float("nan")))

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    NAMED,
     Batches,
     Common,
     Ema,
@@ -54,14 +55,14 @@ from data import (
 class Config(Common):
     """Defaults are the preset `quick`: the built-in images, minutes on two CPU cores."""
     data: str = setting("shapes", "shapes, cifar10, imagenette, a folder of images, or what data.py packed")
-    size: int = setting(32, "image side S in pixels")
+    size: int = setting(32, "image side S in pixels", least=1)
     out: str = setting("out/tokenizer", "folder for ckpt.pt, stage1.pt, log.jsonl, recon.png, metrics.json")
-    patch: int = setting(8, "patch side P; divides --size")
-    latents: int = setting(8, "number of latent tokens L")
-    channels: int = setting(16, "channels of a latent token H")
-    width: int = setting(192, "width D of encoder and decoder")
-    depth: int = setting(3, "layers of the encoder, and of the decoder")
-    heads: int = setting(3, "attention heads")
+    patch: int = setting(8, "patch side P; divides --size", least=1)
+    latents: int = setting(8, "number of latent tokens L", least=1)
+    channels: int = setting(16, "channels of a latent token H", least=1)
+    width: int = setting(192, "width D of encoder and decoder", least=1)
+    depth: int = setting(3, "layers of the encoder, and of the decoder", least=1)
+    heads: int = setting(3, "attention heads", least=1)
     dec_width: int = setting(0, "width of the decoder; 0: as the encoder")
     dec_depth: int = setting(0, "layers of the decoder; 0: as the encoder")
     dec_heads: int = setting(0, "heads of the decoder; 0: as the encoder")
@@ -72,13 +73,13 @@ class Config(Common):
     mask_min: float = setting(0.4, "lowest share of patches hidden in stage 1")
     mask_max: float = setting(0.6, "highest share of patches hidden in stage 1; 0: a plain autoencoder")
     targets: str = setting("hog", "features the auxiliary decoders predict: hog, or none")
-    aux_depth: int = setting(3, "layers of an auxiliary decoder")
-    aux_width: int = setting(96, "width of an auxiliary decoder")
-    aux_heads: int = setting(2, "heads of an auxiliary decoder")
+    aux_depth: int = setting(3, "layers of an auxiliary decoder", least=1)
+    aux_width: int = setting(96, "width of an auxiliary decoder", least=1)
+    aux_heads: int = setting(2, "heads of an auxiliary decoder", least=1)
     aux_weight: float = setting(1.0, "weight of each masked target (Eq. 8) beside the pixel loss")
     steps: int = setting(2400, "steps of stage 1")
     stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
-    batch_size: int = setting(64, "images per step, over all processes")
+    batch_size: int = setting(64, "images per step, over all processes", least=1)
     micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
@@ -89,22 +90,20 @@ class Config(Common):
     warmup: int = setting(50, "steps of linear warm-up")
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
-    log_every: int = setting(200, "steps between lines of the log")
-    save_every: int = setting(400, "steps between checkpoints")
+    log_every: int = setting(200, "steps between lines of the log", least=1)
+    save_every: int = setting(400, "steps between checkpoints", least=1)
 
     def check(self):
-        if self.size < 1 or self.patch < 1 or self.size % self.patch or self.patch % 2:
+        if self.size % self.patch or self.patch % 2:
             raise ValueError(f"--size {self.size} must be a multiple of an even --patch {self.patch}")
         for width, heads in ((self.width, self.heads), (self.dec_width or self.width, self.dec_heads or self.heads),
                              (self.aux_width, self.aux_heads)):
-            if heads < 1 or width % (4 * heads):
+            if width % (4 * heads):
                 raise ValueError(f"width {width} must be a multiple of four times the heads {heads} (2D RoPE)")
         if not 0 <= self.mask_min <= self.mask_max < 1:
             raise ValueError("0 <= --mask-min <= --mask-max < 1 is needed")
         if set(self.target_names()) - {"hog"}:
             raise ValueError(f"--targets {self.targets}: hog or none")
-        if min(self.latents, self.channels, self.depth, self.batch_size) < 1 or min(self.steps, self.stage2_steps) < 0:
-            raise ValueError("sizes, --batch-size and the numbers of steps must be positive")
 
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
@@ -400,19 +399,17 @@ def train_stage1(cfg: Config, run: Run, images: Images, state: dict | None) -> T
         done = restore(state, model, ema, optimizers)
     parallel, params = run.parallel(model, cfg.compile), list(model.parameters())
     batches = Batches(images, cfg.batch_size, cfg.seed, run)
-    log = Log(run, Path(cfg.out) / "log.jsonl", "stage 1", done, cfg.steps, cfg.batch_size, cfg.log_every, batches)
+    log = Log(run, cfg, "stage 1", done, cfg.steps, batches)
     n = (cfg.size // cfg.patch) ** 2
     for step in range(done, cfg.steps):
         x, _ = batches(step)
-        mask = None
-        if cfg.mask_max:
-            ratio = draw_mask_ratio(cfg.mask_min, cfg.mask_max, cfg.seed, step)
-            mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 4, step))[run.rows(cfg.batch_size)]
+        ratio = draw_mask_ratio(cfg.mask_min, cfg.mask_max, cfg.seed, step)
+        mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 4, step))[run.rows(cfg.batch_size)]
         terms = {}
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
-            share, hidden = len(x[part]) / len(x), None if mask is None else mask[part]
+            share, hidden = len(x[part]) / len(x), mask[part] if cfg.mask_max else None
             with run.autocast():
-                recon, predictions = parallel(x[part], hidden)
+                recon, predictions = parallel(x[part], mask[part])
             losses = {"recon": F.mse_loss(recon, x[part])}
             for name, prediction in predictions.items():
                 losses[name] = cfg.aux_weight * masked_mse(prediction, hog(x[part], cfg.patch), hidden)
@@ -425,7 +422,7 @@ def train_stage1(cfg: Config, run: Run, images: Images, state: dict | None) -> T
         ema.update(step)
         log(step + 1, **terms)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save(cfg, run, 1, step + 1, model, ema, optimizers)
+            save(cfg, run, images, 1, step + 1, model, ema, optimizers)
     return ema.model
 
 
@@ -439,8 +436,7 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, state
         done = restore(state, model, ema, optimizers)
     parallel, params = run.parallel(model, cfg.compile), list(model.decoder.parameters())
     batches = Batches(images, cfg.batch_size, cfg.seed + 1, run)
-    path = Path(cfg.out) / "log.jsonl"
-    log = Log(run, path, "stage 2", done, cfg.stage2_steps, cfg.batch_size, cfg.log_every, batches)
+    log = Log(run, cfg, "stage 2", done, cfg.stage2_steps, batches)
     n = (cfg.size // cfg.patch) ** 2
     for step in range(done, cfg.stage2_steps):
         x, _ = batches(step)
@@ -459,15 +455,15 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, state
         ema.update(step)
         log(step + 1, **terms)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.stage2_steps:
-            save(cfg, run, 2, step + 1, model, ema, optimizers)
+            save(cfg, run, images, 2, step + 1, model, ema, optimizers)
     return ema.model
 
 
-def save(cfg, run, stage, step, model, ema, optimizers):
+def save(cfg, run, images, stage, step, model, ema, optimizers):
     if run.main:
         save_checkpoint(Path(cfg.out) / "ckpt.pt", {
             "kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": stage, "step": step,
-            "model": model.state_dict(), "ema": ema.model.state_dict(),
+            "data": images.fingerprint, "model": model.state_dict(), "ema": ema.model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers]})
 
 
@@ -633,11 +629,13 @@ def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cf
 def main():
     cfg = parse_config(Config, PRESETS, __doc__)
     run, began = start(cfg), time.time()
+    if cfg.data not in NAMED:
+        cfg.data = str(Path(cfg.data).absolute())        # the later stages find it from any folder
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
     val = load_images(cfg.data, cfg.size, "val")
     run.print(f"{cfg.data}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes")
-    out = run.claim(cfg.out)
-    state = resume(out / "ckpt.pt", "tokenizer", cfg, run)
+    out = run.claim(cfg.out, cfg.fresh)
+    state = resume(out / "ckpt.pt", "tokenizer", cfg, {"data": train.fingerprint}, run)
     stage = state["stage"] if state else 1
     if stage == 1:
         model = train_stage1(cfg, run, train, state)
