@@ -566,14 +566,16 @@ def setting(default, help: str, choices: tuple = (), alias: tuple = (), least: f
     return field(default=default, metadata={"help": help, "choices": choices, "alias": alias, "least": least})
 
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
 @dataclass
 class Common:
-    """Settings that every stage has."""
+    """Settings of every stage that runs a model."""
     seed: int = setting(0, "seed of everything random in this run")
     fresh: bool = setting(False, "start over: remove the checkpoints and the log that --out holds")
     compile: bool = setting(torch.cuda.is_available(), "torch.compile the networks (needs a C++ compiler on a CPU)")
-    precision: str = setting("auto", "matrix arithmetic: auto is bf16 where the hardware multiplies it",
-                             ("auto", "fp32", "bf16"))
+    precision: str = setting("auto", "matrix arithmetic: auto is bf16 where the hardware multiplies it", PRECISIONS)
 
 
 def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str] | None = None):
@@ -589,7 +591,7 @@ def parse_config(cls, presets: dict[str, dict], description: str, argv: list[str
         flag, default = "--" + f.name.replace("_", "-"), f" (default {f.default})" if f.default != "" else ""
         if types[f.name] is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                                help=f.metadata["help"] + ("" if sys.version_info < (3, 13) else default))
+                                help=f.metadata["help"] + default)
         else:
             parser.add_argument(flag, *f.metadata["alias"], dest=f.name, type=types[f.name],
                                 choices=f.metadata["choices"] or None,

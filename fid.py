@@ -19,8 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    PRECISIONS,
     Batches,
-    Common,
     Images,
     Run,
     cache_dir,
@@ -39,10 +39,11 @@ from data import (
 
 
 @dataclass
-class Config(Common):
+class Config:
     samples: str = setting("out/samples/samples.npz", "file of samples: arr_0 uint8 n x S x S x 3, labels beside it")
     data: str = setting("", "data set to compare with; empty: the one named in the samples file")
     out: str = setting("", "JSON file to write; empty: metrics.json beside the samples")
+    precision: str = setting("auto", "arithmetic in which a missing classifier is trained; scores are fp32", PRECISIONS)
 
     def check(self):
         pass

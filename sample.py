@@ -66,6 +66,8 @@ def main():
     tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
     if fingerprint(tokenizer) != state["tokenizer_weights"]:
         fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {cfg.model} was trained on")
+    if cfg.compile:
+        model.compile()
     mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
     decode, classes = latent_decoder(tokenizer, mean, std), state["classes"]
     labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)

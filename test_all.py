@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -738,6 +739,14 @@ def test_imports_go_one_way():
                 for module in {m.split(".")[0] for m in modules}:
                     assert module in packages | allowed[name], f"{name}.py must not import {module}"
     assert {p.name for p in HERE.glob("*.py")} == {f"{name}.py" for name in (*STAGES, "test_all")}
+
+
+def test_readme_counts_the_lines():
+    readme = (HERE / "README.md").read_text()
+    for path in HERE.glob("*.py"):
+        said = int(re.search(rf"\| \[{path.name}\].*?\| (\d+) \|", readme)[1])
+        assert said == pytest.approx(len(path.read_text().splitlines()), rel=0.03), path.name
+    assert "@@" not in readme
 
 
 def test_label_rules():
