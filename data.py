@@ -410,6 +410,7 @@ def extract(archive: Path, out: Path) -> Path:
     return out
 
 
+@functools.lru_cache                                     # a large folder is walked once in a process
 def prepare(data: str, size: int) -> Path:
     """The packed folder for --data at --size, made in the cache on first use."""
     cache = cache_dir()
@@ -451,7 +452,6 @@ def prepare(data: str, size: int) -> Path:
             root = extract(archive, cache / "imagenette-files") / "imagenette2-320"
     else:
         root = Path(data).absolute()
-        list_folder(root)                                # fails with its own line before anything is written
     out = cache / f"{root.name}-{size}-{hashlib.sha256(os.fsencode(str(root))).hexdigest()[:8]}"
     if (out / "meta.json").exists():                     # packed before: packed anew if the folder has changed
         with contextlib.suppress(SystemExit), contextlib.redirect_stderr(None):

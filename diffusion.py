@@ -481,6 +481,7 @@ def main():
     images = run.first(lambda: load_images(tok.data, tok.size, "train"))
     out = run.claim(cfg.out, cfg.fresh)
     if cfg.fresh and run.main and (out / "latents").exists():
+        shutil.rmtree(out / "latents.old", ignore_errors=True)
         (out / "latents").rename(out / "latents.old")    # at once: half a folder must not look whole
         shutil.rmtree(out / "latents.old")
     meta = encode_data(tokenizer, images, out / "latents", run)

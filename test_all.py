@@ -344,6 +344,7 @@ def test_folder_is_packed_split_and_reread(tmp_path, cache):
     again = data.load_images(str(packed), 16, "train")
     assert torch.equal(again[np.arange(57)], train[np.arange(57)]) and again.fingerprint == train.fingerprint
     Image.new("RGB", (20, 20)).save(root / "cat" / "new.png")      # a changed folder is packed anew
+    data.prepare.cache_clear()                           # in the next process, that is
     assert len(data.load_images(str(root), 16, "train")) + len(data.load_images(str(root), 16, "val")) == 61
     with pytest.raises(SystemExit, match="16 px, not --size 32"):
         data.load_images(str(packed), 32, "train")
