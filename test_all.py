@@ -564,7 +564,7 @@ def test_latents_are_normalised_and_the_cache_knows_its_owner(chain):
 
 def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(chain, tmp_path):
     at, _ = chain
-    args = ["--model", at / "out/diffusion/ckpt.pt", "--tokenizer", at / "out/tokenizer/ckpt.pt", "--images", "60",
+    args = ["--model", at / "out/diffusion/ckpt.pt", "--tokenizer", at / "out/tokenizer/ckpt.pt", "--images", "120",
             "--precision", "fp32", "--sampler", "sde", "--steps", "40", "--batch-size", "4"]
     script("sample", *args, "--out", "one", cwd=tmp_path)
     script("sample", *args, "--out", "two", cwd=tmp_path, processes=2)
@@ -630,9 +630,9 @@ def test_a_killed_run_goes_on_bit_by_bit(chain, tmp_path, stage):
     at, _ = chain
     name = "diffusion" if stage == "diffusion" else "tokenizer"
     if name == "tokenizer":
-        args = [*TINY, "--steps", "60", "--stage2-steps", "60", "--save-every", "7"]
+        args = [*TINY, "--steps", "150", "--stage2-steps", "150", "--save-every", "7"]
     else:
-        args = [*TINY_SIT, "--steps", "60", "--save-every", "7", "--samples", "0", "--preview-every", "1000",
+        args = [*TINY_SIT, "--steps", "150", "--save-every", "7", "--samples", "0", "--preview-every", "1000",
                 "--tokenizer", at / "out/tokenizer/ckpt.pt"]
     script(name, *args, "--out", "whole", cwd=tmp_path)
     victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
