@@ -856,12 +856,16 @@ def array_file(path: Path, shape: tuple, dtype) -> np.ndarray:
 
 
 class Chunks:
-    """Work on n items in chunks, shared out over the processes and restartable: iterating gives this process's undone
-    (start, stop); a chunk is marked in `done` when the loop comes back for the next one, so write it out before."""
+    """An array file filled in chunks of rows, shared out over the processes and restartable.
 
-    def __init__(self, folder: Path, n: int, chunk: int, run: Run, what: str):
-        self.n, self.chunk, self.run, self.what = n, chunk, run, what
-        self.done = array_file(folder / "done.npy", (-(-n // chunk),), np.uint8)
+    Iterating gives this process's undone (start, stop); a chunk written into `array` is flushed and marked in done.npy
+    when the loop comes back for the next one. The loop ends when all processes are through.
+    """
+
+    def __init__(self, path: Path, shape: tuple, dtype, chunk: int, run: Run, what: str):
+        self.n, self.chunk, self.run, self.what = shape[0], chunk, run, what
+        files = ((path, shape, dtype), (path.with_name("done.npy"), (-(-self.n // chunk),), np.uint8))
+        self.array, self.done = run.first(lambda: [array_file(*file) for file in files])
 
     def __iter__(self):
         mine = [c for c in range(len(self.done)) if c % self.run.world == self.run.rank and not self.done[c]]
@@ -870,10 +874,12 @@ class Chunks:
         for c in mine:
             start, stop = c * self.chunk, min((c + 1) * self.chunk, self.n)
             yield start, stop
+            self.array.flush()
             self.done[c] = 1
             self.done.flush()
             bar.update(stop - start)
         bar.close()
+        self.run.barrier()
 
 
 def write_json(path: Path, facts: dict) -> None:
@@ -888,9 +894,9 @@ class Log:
     """
 
     def __init__(self, run: Run, cfg, stage: str, step: int, steps: int, batches):
-        self.run, self.path, self.stage, self.steps = run, Path(cfg.out) / "log.jsonl", stage, steps
+        path = Path(cfg.out) / "log.jsonl"
+        self.run, self.path, self.stage, self.steps = run, path, stage, steps
         self.cfg, self.batch, self.batches = cfg, cfg.batch_size, batches
-        path = self.path
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=None if run.main else True, mininterval=1)
         if run.main and path.exists():                   # lines after the checkpoint we continue from will come again
             kept = []

@@ -28,7 +28,6 @@ from data import (
     Images,
     Log,
     Run,
-    array_file,
     batch_indices,
     commit,
     fail,
@@ -329,11 +328,11 @@ def generate(model: SiT, decode, index, y: torch.Tensor, how: Sampling, path: st
 # Latents of the whole data set, encoded once
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of all weights that decide the latents."""
+def fingerprint(model: nn.Module, parts=("encoder.", "to_latent.")) -> str:
+    """Hash of the weights whose names begin so: by default those of a tokenizer that decide the latents."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if name.startswith(("encoder.", "to_latent.")):
+        if name.startswith(parts):
             digest.update(name.encode())
             digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -347,30 +346,22 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
     belongs = {"tokenizer": fingerprint(tokenizer), "data": images.fingerprint, "images": len(images)}
     meta = folder / "meta.json"
     started = folder / "belongs.json"
-
-    def prepare():
+    if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         if started.exists() and json.loads(started.read_text()) != belongs:
             fail(f"{folder} holds latents of another tokenizer, size or data set; remove it or give another --out")
-        if not started.exists():
-            write_json(started, belongs)
-        x = to_float(images[np.arange(1)].to(run.device))
-        shape = (len(images), 2, *tokenizer.encode(x).shape[1:])
-        array_file(folder / "latents.npy", shape, np.float16)
-        array_file(folder / "done.npy", (-(-len(images) // chunk),), np.uint8)
-
-    if run.main:
-        prepare()
+        write_json(started, belongs)
     run.barrier()
     if not meta.exists():
-        latents = np.load(folder / "latents.npy", mmap_mode="r+")
-        for i, j in Chunks(folder, len(images), chunk, run, "encoding"):
+        one = tokenizer.encode(to_float(images[np.arange(1)].to(run.device)))
+        shape = (len(images), 2, *one.shape[1:])
+        chunks = Chunks(folder / "latents.npy", shape, np.float16, chunk, run, "encoding")
+        latents = chunks.array
+        for i, j in chunks:
             x = to_float(images[np.arange(i, j)].to(run.device))
             for side, view in enumerate((x, x.flip(3))):
                 with run.autocast():
                     latents[i:j, side] = tokenizer.encode(view).float().cpu().numpy()
-            latents.flush()
-        run.barrier()
         if run.main:
             total, squares = 0.0, 0.0
             for i in range(0, len(latents), 4096):

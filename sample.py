@@ -6,7 +6,6 @@
 Image number i is a function of the weights, the settings and (seed, i), whatever the number of processes.
 """
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Chunks, Common, Run, array_file, commit, fail, parse_config, save_grid, setting, start, write_json
+from data import Chunks, Common, Run, commit, fail, parse_config, save_grid, setting, start, write_json
 from diffusion import Sampling, fingerprint, generate, latent_decoder, load_diffusion
 from tokenizer import load_tokenizer
 
@@ -73,11 +72,10 @@ def main():
     labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
     guidance = 1.0 if len(classes) == 1 else cfg.guidance
     how = Sampling(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    parameters = [*model.parameters(), *tokenizer.parameters()]
-    weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in parameters))
     facts = dataclasses.asdict(how) | {
         "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
-        "training_steps": state["step"], "weights": weights.hexdigest()[:16], "precision": run.precision,
+        "training_steps": state["step"], "weights": fingerprint(model, ""),
+        "tokenizer_weights": fingerprint(tokenizer, ""), "precision": run.precision,
         "batch_size": cfg.batch_size}
     out = run.claim(cfg.out)
     images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
@@ -103,21 +101,17 @@ def main():
 def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.ndarray:
     """All images as one memory-mapped uint8 n x S x S x 3, written in blocks and continued where it was cut."""
     belongs = folder / "belongs.json"
-    if run.main:
-        if cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts:
-            belongs.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)    # nothing yet, or of other settings or weights
-            folder.mkdir(parents=True)
-            write_json(belongs, facts)
-        array_file(folder / "images.npy", (cfg.n, facts["size"], facts["size"], 3), np.uint8)
-        array_file(folder / "done.npy", (-(-cfg.n // cfg.batch_size),), np.uint8)
+    if run.main and (cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts):
+        belongs.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)        # nothing yet, or of other settings or weights
+        folder.mkdir(parents=True)
+        write_json(belongs, facts)
     run.barrier()
-    images = np.load(folder / "images.npy", mmap_mode="r+")
-    for i, j in Chunks(folder, cfg.n, cfg.batch_size, run, "sampling"):
-        images[i:j] = make(i, j).permute(0, 2, 3, 1).numpy()
-        images.flush()
-    run.barrier()
-    return images
+    shape = (cfg.n, facts["size"], facts["size"], 3)
+    chunks = Chunks(folder / "images.npy", shape, np.uint8, cfg.batch_size, run, "sampling")
+    for i, j in chunks:
+        chunks.array[i:j] = make(i, j).permute(0, 2, 3, 1).numpy()
+    return chunks.array
 
 
 if __name__ == "__main__":
