@@ -19,7 +19,10 @@ import datetime
 import fcntl
 import functools
 import hashlib
+import http.client
+import itertools
 import json
+import math
 import os
 import pickle
 import resource
@@ -29,7 +32,7 @@ import sys
 import tarfile
 import time
 import typing
-import urllib.error
+import urllib.request
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -383,16 +386,131 @@ CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
 IMAGENETTE = ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
               "569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188e158c")
 NAMED = ("shapes", "cifar10", "imagenette")
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, IndexError, TypeError, AttributeError,
+               pickle.UnpicklingError)                   # what torch.load raises for a damaged or foreign file
 
 
 def download(url: str, path: Path, sha256: str, hint: str = "") -> Path:
-    """Fetch url to path unless it is there; the hash is checked before the file gets its name (torch.hub)."""
+    """Fetch url to path unless it is there; it gets its name when length and hash (a prefix; may be "") are right."""
+    part = path.with_name(path.name + ".part")
+    try:
+        if path.exists():
+            return path
+        digest, came = hashlib.sha256(), 0
+        with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=total or None, desc=f"getting {path.name}", unit="B", unit_scale=True, disable=None)
+            while block := answer.read(2**20):
+                file.write(block)
+                digest.update(block)
+                came += len(block)
+                bar.update(len(block))
+            bar.close()
+            os.fsync(file.fileno())
+        if total and came != total:
+            raise OSError(f"{came} of {total} bytes came")
+        if not digest.hexdigest().startswith(sha256):
+            raise OSError(f"invalid hash {digest.hexdigest()[:16]}..., not {sha256[:16]}...")
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        part.unlink(missing_ok=True)
+        fail(f"cannot get {path.name} from {url}: {error}. Put the file at {path}{hint}")
+    return path
+
+
+# Pretrained networks by the stem of their public file: address, and hash where one is published (a prefix of sha256).
+META, HUB = "https://dl.fbaipublicfiles.com", "https://huggingface.co"
+WEIGHTS = {
+    "vgg16-397923af": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "lpips_vgg": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+                  "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    "dino_deitsmall16_pretrain": (f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
+    "siglip-large-patch16-256": (f"{HUB}/google/siglip-large-patch16-256/resolve/main/model.safetensors", ""),
+} | {f"dinov2_vit{s}14{r}_pretrain": (f"{META}/dinov2/dinov2_vit{s}14/dinov2_vit{s}14{r}_pretrain.pth", "")
+     for s in "sbl" for r in ("", "_reg4")}
+
+
+def pretrained(name: str, folder: str, hint: str) -> dict[str, torch.Tensor]:
+    """The weights `name` of WEIGHTS: NAME.pth or NAME.safetensors in the folder ("": the cache), else downloaded there.
+
+    `hint` says in the error how to do without them.
+    """
+    root = Path(folder).absolute() if folder else cache_dir()
+    files = [root / (name + suffix) for suffix in (".pth", ".safetensors")]
+    url, sha256 = WEIGHTS[name]
+    path = next((f for f in files if f.exists()), files[url.endswith(".safetensors")])
     if not path.exists():
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
-        except (urllib.error.URLError, OSError, RuntimeError, EOFError) as error:
-            fail(f"cannot get {path.name} from {url}: {error}. Put the file at {path}{hint}")
-    return path
+            root.mkdir(parents=True, exist_ok=True)
+            with locked(root / f"{name}.lock"):
+                download(url, path, sha256, f" (--weights), or do without: {hint}")
+        except OSError as error:
+            fail(f"--weights {root}: {error.strerror}")
+    return read_weights(path)
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, on the CPU, of a .safetensors or a torch file; never runs code from it."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("ema", "model", "state_dict"):      # the wrappings of training checkpoints, best first
+            if isinstance(state, dict) and isinstance(state.get(name), dict):
+                state = state[name]
+        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise TypeError("not a dict of tensors")
+    except LOAD_ERRORS as error:
+        fail(f"{path} is not a whole file of weights ({type(error).__name__}); remove it to get it anew")
+    return dict(state)
+
+
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, mapped, not read: 8 bytes of header length, a JSON header, then raw tensors.
+
+    Everything the header says is checked against the file before it is used; the tensors must not overlap.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        spans, raw = [], torch.from_numpy(np.memmap(path, np.uint8, "c"))
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not all(type(i) is int and i >= 0 for i in (*shape, start, stop)):
+                raise ValueError(f"{name}: shape {shape}, offsets {start}, {stop}")
+            if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
+                raise ValueError(f"{name}: {entry['dtype']} {shape} at bytes {start} to {stop}")
+            spans.append((start, stop, name, dtype, shape))
+        spans.sort(key=lambda span: span[:2])
+        for (_, stop, name, *_), (start, _, other, *_) in itertools.pairwise(spans):
+            if start < stop:
+                raise ValueError(f"{name} and {other} overlap")
+        tensors = {}
+        for start, stop, name, dtype, shape in spans:
+            part = raw[8 + length + start:8 + length + stop]
+            aligned = (8 + length + start) % dtype.itemsize == 0
+            tensors[name] = (part if aligned else part.clone()).view(dtype).reshape(shape)
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        fail(f"{path} is not a whole safetensors file ({' '.join(str(error).split())}); remove it to get it anew")
+
+
+def unique(pairs: list) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def extract(archive: Path, out: Path) -> Path:
@@ -807,8 +925,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["kind"]
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, IndexError, TypeError, AttributeError,
-            pickle.UnpicklingError) as error:            # what torch.load raises for a damaged or foreign file
+    except LOAD_ERRORS as error:
         fail(f"{path} is not a whole checkpoint ({type(error).__name__}); remove it or start with --fresh")
     if found != kind:
         fail(f"{path} is a checkpoint of {found}.py, not of {kind}.py")
@@ -816,7 +933,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
-        "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high"}          # what may differ on resuming
+        "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights"}    # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:

@@ -5,8 +5,10 @@
 A Frechet distance is named after its features: `fd_classifier` uses a small network trained here on the labels of the
 data set itself, and says nothing about numbers published as FID, which need the Inception weights of 2015.
 """
+import functools
 import itertools
 import json
+import math
 import time
 import zipfile
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from data import (
     load_images,
     locked,
     parse_config,
+    pretrained,
     save_checkpoint,
     setting,
     start,
@@ -86,6 +89,192 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
     return max(0.0, distance.item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Frozen networks with public weights: vision transformers and LPIPS
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in 0..1
+RENAMED = {                                              # names in the public files -> those of torch's own layer
+    "dino": (("blocks.", "layers."), ("attn.qkv.", "self_attn.in_proj_"), ("attn.proj", "self_attn.out_proj"),
+             ("mlp.fc", "linear"), ("patch_embed.proj", "patch_embed")),
+    "siglip": (("vision_model.", ""), ("encoder.", ""), ("layer_norm", "norm"), ("mlp.fc", "linear"),
+               ("post_layernorm", "norm"), ("embeddings.patch_embedding", "patch_embed"),
+               ("embeddings.position_embedding.weight", "pos_embed"))}
+RENAMED["dinov2"] = RENAMED["dino"]
+
+
+class VisionTransformer(nn.Module):
+    """DINO, DINOv2 (with registers or without) or SigLIP's vision tower, built and filled from its public weights.
+
+    One pre-norm layer serves all three. They differ in the tokens before the patches, in GELU, in the statistics of
+    their input and in how a table of positions is stretched to another grid. Heads default to 64 channels each.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], kind: str, heads: int = 0):
+        super().__init__()
+        w = {}
+        for key, value in weights.items():
+            if key.startswith(("text_model.", "logit_", "vision_model.head.")) or key.endswith(("_ids", "mask_token")):
+                continue                                 # SigLIP's text half and pooling; what only training used
+            for old, new in RENAMED[kind]:
+                key = key.replace(old, new)
+            w[key] = value.float()
+        try:
+            for key in [k for k in w if k.endswith(".gamma")]:       # LayerScale goes into the matrix before it
+                layer, scale = key[:-len("ls1.gamma")], w.pop(key)
+                for end in ("weight", "bias"):
+                    name = layer + ("self_attn.out_proj." if "ls1" in key else "linear2.") + end
+                    w[name] = w[name] * (scale[:, None] if end == "weight" else scale)
+            for key in [k for k in w if ".q_proj." in k]:
+                parts = [w.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+                w[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+            width, _, self.patch, _ = w["patch_embed.weight"].shape
+            pos = w.pop("pos_embed").reshape(1, -1, width)
+            prefix = pos[:, :0]
+            if kind != "siglip":
+                prefix, pos = w.pop("cls_token") + pos[:, :1], pos[:, 1:]
+            registers = w.pop("register_tokens", prefix[:, :0])
+        except KeyError as error:
+            fail(f"not {kind} weights: {error} is missing")
+        self.kind, self.width, self.prefix, self.registers = kind, width, 1 - (kind == "siglip"), registers.shape[1]
+        self.mean, self.std = ((0.5,) * 3, (0.5,) * 3) if kind == "siglip" else IMAGENET
+        # DINO was trained with the exact GELU; the discriminators built on it use the other one, and so do we
+        gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
+        with torch.device("meta"):
+            self.patch_embed = nn.Conv2d(3, width, self.patch, self.patch)
+            self.layers = nn.ModuleList(
+                nn.TransformerEncoderLayer(width, heads or max(1, width // 64), 4 * width, 0, gelu, 1e-6,
+                                           batch_first=True, norm_first=True)
+                for _ in {k.split(".")[1] for k in w if k.startswith("layers.")})
+            self.norm = nn.LayerNorm(width, 1e-6)
+        try:
+            self.load_state_dict(w, assign=True)
+        except RuntimeError as error:
+            fail(f"not {kind} weights: {' '.join(str(error).split())[:300]}")
+        self.register_buffer("pos_embed", pos)
+        self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The table of patch positions, 1 x rows*columns x D, stretched as the network's own code does it."""
+        m = math.isqrt(self.pos_embed.shape[1])
+        if rows == columns == m:
+            return self.pos_embed
+        table = self.pos_embed.unflatten(1, (m, m)).permute(0, 3, 1, 2)
+        if self.kind == "siglip" or self.registers:      # DINOv2 with registers smooths, SigLIP does not
+            table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=bool(self.registers))
+        else:                                            # the kernel takes this scale, not rows / m
+            scale = (rows + 0.1) / m, (columns + 0.1) / m
+            table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        return table.flatten(2).transpose(1, 2)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images B x 3 x h x w -> class token, registers, patches: the input of the first layer."""
+        x = self.patch_embed(x)
+        tokens = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])
+        return torch.cat([self.prefix_tokens.expand(len(x), -1, -1), tokens], 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised images -> tokens after the last norm, B x (prefix + registers + patches) x D."""
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] -> the network's own input statistics."""
+        mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in (self.mean, self.std))
+        return (image * 0.5 + 0.5 - mean) / std
+
+    @torch.no_grad()
+    def patch_features(self, image: torch.Tensor, grid: int) -> torch.Tensor:
+        """B x grid*grid x D of images in [-1, 1], which are resized so that the network has as many patches."""
+        size = grid * self.patch
+        if image.shape[-1] != size:
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+        return self(self.normalise(image))[:, self.prefix + self.registers:].float()
+
+
+class Lpips(nn.Module):
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): a distance of images in [-1, 1], B values; deterministic, no dropout."""
+
+    PLAN = (64, 64, "tap", "pool", 128, 128, "tap", "pool", 256, 256, 256, "tap", "pool", 512, 512, 512, "tap", "pool",
+            512, 512, 512, "tap")
+
+    def __init__(self, vgg: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]):
+        super().__init__()
+        self.convs, self.heads = nn.ModuleList(), nn.ParameterList()
+        numbers = sorted({int(key.split(".")[1]) for key in vgg if key.startswith("features.")})
+        try:
+            for number in numbers:
+                weight = vgg[f"features.{number}.weight"].float()
+                self.convs.append(nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1))
+                self.convs[-1].load_state_dict({"weight": weight, "bias": vgg[f"features.{number}.bias"].float()})
+            self.heads.extend(heads[f"lin{i}.model.1.weight"].float() for i in range(5))
+        except (KeyError, RuntimeError) as error:
+            fail(f"not the weights of VGG16 and LPIPS: {' '.join(str(error).split())[:200]}")
+        if [c.out_channels for c in self.convs] != [c for c in self.PLAN if isinstance(c, int)]:
+            fail("not the weights of VGG16: its convolutions have other widths")
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The five tapped activations, each of unit length over its channels."""
+        x, taps, convs = (x - self.shift) / self.scale, [], iter(self.convs)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for step in self.PLAN:
+            if step == "tap":
+                taps.append(x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
+            else:
+                x = F.max_pool2d(x, 2) if step == "pool" else F.relu(next(convs)(x))
+        return taps
+
+    def layers(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The five parts of the distance, B x 5."""
+        return torch.stack([(head * (f - g).square()).sum(1).mean((1, 2))
+                            for head, f, g in zip(self.heads, self.features(a), self.features(b))], 1)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.layers(a, b).sum(1)
+
+
+def load_lpips(folder: str, hint: str = "--lpips 0") -> Lpips:
+    return Lpips(pretrained("vgg16-397923af", folder, hint), pretrained("lpips_vgg", folder, hint))
+
+
+def freeze(net: nn.Module, run: Run) -> nn.Module:
+    """On the device, without gradients; matrices once and for all in the precision they are multiplied in."""
+    net = net.to(run.device).eval().requires_grad_(False)
+    for m in net.modules() if run.precision == "bf16" else ():
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            m.to(torch.bfloat16)
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of uint8 images; identical ones count as 100 dB."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    return (20 * math.log10(255) - 10 * error.log10()).clamp(max=100)
+
+
+def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang 2004)."""
+    w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
+    w = (torch.outer(w, w) / w.sum() ** 2)[None, None]
+
+    def blur(x):
+        return F.conv2d(x.flatten(0, 1)[:, None], w).view(*x.shape[:2], x.shape[2] - 10, x.shape[3] - 10)
+
+    a, b = a.double() / 255, b.double() / 255
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return score.flatten(1).mean(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

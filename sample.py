@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Chunks, Common, Run, commit, fail, parse_config, save_grid, setting, start, write_json
+from data import (
+    Chunks,
+    Common,
+    Run,
+    commit,
+    fail,
+    parse_config,
+    save_grid,
+    setting,
+    start,
+    write_json,
+)
 from diffusion import Sampling, fingerprint, generate, latent_decoder, load_diffusion
 from tokenizer import load_tokenizer
 

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -70,20 +71,20 @@ def test_tokenizer_agrees_with_official(name):
     model, _ = tokenizer.from_official(weights, case["enc"]["num_heads"], case["dec"]["num_heads"])
     close(model.encoder(t["image"]), t["encoder_tokens"])
     close(model.encode(t["image"]), t["latents"])
-    close(model(t["image"])[0], t["reconstruction"])
+    close(model(t["image"])["recon"], t["reconstruction"])
     close(model.decode(t["free_latents"]), t["free_reconstruction"])
     if "mask" in t:
         close(model.encode(t["image"], t["mask"].bool()), t["masked_latents"])
-        close(model(t["image"], t["mask"].bool())[0], t["masked_reconstruction"])
+        close(model(t["image"], t["mask"].bool())["recon"], t["masked_reconstruction"])
 
 
 def test_official_weights_with_a_wrong_key_are_refused():
     _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
     heads = case["enc"]["num_heads"], case["dec"]["num_heads"]
-    with pytest.raises(SystemExit, match="unknown encoder.surprise"):
+    with pytest.raises(SystemExit, match="encoder.surprise is unknown"):
         tokenizer.from_official(weights | {"encoder.surprise": torch.zeros(1)}, *heads)
     del weights["encoder.model.blocks.1.mlp.fc1.bias"]
-    with pytest.raises(SystemExit, match=r"missing encoder.blocks.1.mlp.fc1.bias"):
+    with pytest.raises(SystemExit, match=r"encoder.blocks.1.mlp.fc1.bias is missing"):
         tokenizer.from_official(weights, *heads)
 
 
@@ -105,6 +106,235 @@ def test_rope_agrees_with_official(name):
 def test_hog_agrees_with_official(name):
     t, _, _ = golden(name)
     torch.testing.assert_close(tokenizer.hog(t["image_u8"].float() / 127.5 - 1, 16), t["hog"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", names("metrics", "hog*"))
+def test_hog_agrees_with_maskfeat(name):
+    t, _, case = golden(name)
+    sizes = {tag: (cell, patch) for tag, _, _, _, cell, patch in case["cases"]} | {"edges": (8, 16)}
+    seen = 0
+    for key in (k for k in t if k.startswith("target_")):
+        _, tag, window = key.split("_")
+        cell, patch = sizes[tag.removesuffix("dyadic")]
+        torch.testing.assert_close(tokenizer.hog(t[f"x_{tag}"], patch, cell, int(window[2:])), t[key], atol=1e-5, rtol=0)
+        seen += 1
+    assert seen >= 2
+
+
+@pytest.mark.parametrize("name", names("maetok", "maskae_*"))
+def test_a_masked_training_step_agrees_with_official(name):
+    """Masked latents, reconstruction and the three auxiliary losses; of the teachers only their outputs are given."""
+    t, weights, case = golden(name)
+    model, cfg = tokenizer.from_official(weights, *(case[net]["num_heads"] for net in ("enc", "dec", "aux")))
+    assert cfg.targets == "hog,dinov2,siglip"
+    x, mask = t["image_u8"].float() / 127.5 - 1, t["mask"].bool()
+    out = model(x, mask)
+    close(model.encode(x, mask), t["latents"])
+    close(out["recon"][..., ::4, ::4], t["reconstruction"])
+    targets = {"hog": tokenizer.hog(x, cfg.patch), "dinov2": t["target_dino"], "siglip": t["target_clip"]}
+    torch.testing.assert_close(targets["hog"][:, :len(t["target_hog"][0])], t["target_hog"], atol=1e-5, rtol=0)
+    for ours, theirs in (("hog", "hog"), ("dinov2", "dino"), ("siglip", "clip")):
+        loss = tokenizer.masked_mse if ours == "hog" else tokenizer.masked_cosine
+        close(out[ours][:, :len(t[f"pred_{theirs}"][0])], t[f"pred_{theirs}"])
+        close(loss(out[ours], targets[ours], mask), t[f"{theirs}_loss"])
+
+
+@pytest.mark.parametrize("name", names("maetok", "gan_*"))
+def test_adversarial_terms_agree_with_official(name):
+    t, _, _ = golden(name)
+    close(tokenizer.hinge_loss(t["logits_real"], t["logits_fake"]), t["hinge_d"])
+    lecam = tokenizer.LeCam(cpu_run())
+    for real, fake, means, value in zip(t["lecam_real"], t["lecam_fake"], t["lecam_ema"], t["lecam_reg"]):
+        close(lecam(real, fake), value)
+        close(lecam.means, means)
+    x, color = t["aug_x"], t["aug_u"]
+    for i, operation in enumerate(("brightness", "saturation", "contrast")):
+        alone = torch.full_like(color, 0.5)              # the middle of each range changes nothing
+        alone[i] = color[i]
+        close(tokenizer.augment(x, {"color": alone}, 0.2), t[f"aug_{operation}"])
+    close(tokenizer.augment(x, {"shift": t["aug_shift"]}, 0.2), t["aug_translation"])
+    for share in (0.2, 0.5):
+        close(tokenizer.augment(x, {"cutout": t[f"aug_cutout{share}_offset"]}, share), t[f"aug_cutout{share}"])
+
+
+class Probe(torch.nn.Module):
+    """The small discriminator of the golden."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.c1, self.c2 = torch.nn.Conv2d(3, 6, 3, 2, 1), torch.nn.Conv2d(6, 1, 3, 2, 1)
+        self.load_state_dict(weights)
+
+    def forward(self, *views):
+        return [self.c2(torch.nn.functional.leaky_relu(self.c1(x), 0.2)).flatten(1) for x in views]
+
+
+@pytest.mark.parametrize("name", names("maetok", "gan_*"))
+def test_the_image_loss_agrees_with_official(name):
+    """Warm-up, start step, adaptive weight and both objectives, with the small networks of the golden."""
+    t, _, case = golden(name)
+    cfg = tokenizer.Config(size=16, patch=8, batch_size=case["batch"], lpips=1.0, lpips_warmup=10, adv_weight=0.4,
+                           adv_start=30, lecam=0.001, diffaug=False, consistency=0.0)
+    adversary = tokenizer.Adversary(cfg, cpu_run(), Probe({k[6:]: v for k, v in t.items() if k.startswith("probe/")}))
+    loss = tokenizer.ImageLoss(cfg, cpu_run(), lambda a, b: (a - b).abs().mean((1, 2, 3)), adversary)
+    real, recon = t["vq_real"], t["vq_recon"]
+    image = tokenizer.unpatchify(t["vq_feat"] @ t["vq_last_layer"].T, 4).requires_grad_()
+    large = image.repeat_interleave(2, 2).repeat_interleave(2, 3)    # in the golden the last layer's image, twice as large
+    close(large.detach(), recon)
+    for i, step in enumerate(t["vq_steps"].tolist()):
+        warm = min(1, step / 10)
+        _, terms = loss(recon, t["vq_feat"], real, step - 1, slice(None))
+        nll = terms["recon"] + warm * terms["lpips"]
+        gradients = [torch.autograd.grad(term, image, retain_graph=True)[0] for term in (
+            (large - real).square().mean() + warm * (large - real).abs().mean(), -adversary.net(large)[0].mean())]
+        adaptive = tokenizer.adaptive_weight(*gradients, t["vq_feat"], 4, cpu_run())
+        close(adaptive, t["vq_adaptive_weight"][i])
+        assert ("adv" in terms) == (step >= 30)
+        close(nll + t["vq_codebook_losses"].sum() + (0.4 * adaptive * terms["adv"] if "adv" in terms else 0),
+              t["vq_gen_loss"][i])
+        if step < 30:                                    # the official code moves the LeCam means from the first step
+            assert not loss.discriminator_step(real, [recon], step - 1, 0.0)
+            adversary.lecam(*adversary.net(real, recon))
+        else:
+            terms = loss.discriminator_step(real, [recon], step - 1, 0.0)
+            close(0.4 * (terms["hinge"] + 0.001 * terms["lecam"]), t["vq_disc_loss"][i])
+
+
+def fill_discriminator(net, weights):
+    """Weights under the official names; of a norm without running statistics some stay unused."""
+    own = net.state_dict()
+    net.load_state_dict({k: weights.get(k, v) for k, v in own.items()})
+    assert {k for k in own if "running" not in k and "tracked" not in k} <= weights.keys()
+    return net
+
+
+@pytest.mark.parametrize("name", names("maetok", "disc_dino_*"))
+@torch.no_grad()
+def test_dino_discriminator_agrees_with_official(name):
+    t, _, case = golden(name)
+    trunk = fid.VisionTransformer({k[5:]: v for k, v in t.items() if k.startswith("dino/")}, "dino", case["num_heads"])
+    net = fill_discriminator(tokenizer.DinoDiscriminator(trunk.eval(), "batch", tuple(case["key_depths"])),
+                             {k[5:]: torch.as_tensor(v) for k, v in t.items() if k.startswith("disc/")})
+    for i, tap in enumerate(net.features(t["x"])):
+        close(tap[0, :, :16], t[f"activation{i}"])
+    net.eval()
+    close(net(t["x"])[0], t["logits_eval"])
+    if "x_large" in t:
+        close(net(t["x_large"])[0], t["logits_eval_large"])
+    close(net.train()(t["x"])[0], t["logits_train"])
+
+
+def filled(shapes: dict, seed: int) -> dict[str, torch.Tensor]:
+    """Weights that follow from (seed, name, shape): how the goldens of `metrics` were made (SPEC_METRICS, section 0)."""
+    tokens = "pos_embed", "cls_token", "dist_token", "register_tokens", "mask_token", "position_embedding", "probe"
+    made = {}
+    for key, shape in shapes.items():
+        last, n, rank = key.rpartition(".")[2], math.prod(shape), len(shape)
+        u = (2 * np.random.default_rng([seed, zlib.crc32(key.encode())]).random(n) - 1).reshape(shape)
+        if last == "num_batches_tracked":
+            u = np.zeros(shape, np.int64)
+        elif last in ("running_var", "running_mean"):
+            u = 1 + 0.5 * u if last == "running_var" else 0.2 * u
+        elif last in ("weight_u", "weight_v"):
+            u = u / np.sqrt((u * u).sum())
+        elif any(token in key for token in tokens):
+            u = 0.5 * math.sqrt(3) * u
+        elif key.startswith("lin") and rank == 4 and shape[0] == 1:
+            u = 0.5 * (u + 1)
+        elif rank <= 1:
+            u = 1 + 0.25 * u if last in ("weight", "gamma") else 0.1 * u
+        else:
+            u = math.sqrt(3 * (2 if rank >= 3 else 1) / math.prod(shape[1:])) * u
+        made[key] = torch.from_numpy(u if u.dtype == np.int64 else u.astype(np.float32))
+    return made
+
+
+def public_keys(network: str) -> dict[str, list[int]]:
+    """Names and shapes of a public weight file."""
+    return json.loads((GOLDENS / "metrics/state_dict_keys.json").read_text())[network]
+
+
+@pytest.mark.parametrize("name", names("metrics", "dinodisc*"))
+@torch.no_grad()
+def test_dino_discriminator_agrees_at_full_size(name):
+    t, _, case = golden(name)
+    trunk = fid.VisionTransformer(filled(public_keys("dino_deitsmall16"), case["weight_seed"]), "dino").eval()
+    with np.load(GOLDENS / f"{name}.npz") as z:
+        heads = filled(json.loads(str(z["heads_keys"])), case["weight_seed"])
+    x = t["img"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    for norm in ("batch", "groups"):
+        net = fill_discriminator(tokenizer.DinoDiscriminator(trunk, norm), heads)
+        tag = "sbn" if norm == "batch" else "bn"
+        for call in ("first", "second"):
+            torch.testing.assert_close(net(x)[0], t[f"logits_{tag}_{call}"], atol=1e-4, rtol=0)
+        if norm == "groups":
+            torch.testing.assert_close(net.eval()(x)[0], t["logits_bn_eval"], atol=1e-4, rtol=0)
+    for suffix, image, channels, every in (("", x, 48, 3), ("_224", t.get("img_224"), 16, 7)):
+        if image is not None:
+            image = image if suffix == "" else image.permute(0, 3, 1, 2).float() / 127.5 - 1
+            for i, tap in enumerate(net.features(image)):
+                ours = tap[:, :channels, ::every]
+                theirs = t.get(f"act{i}{suffix}")
+                if theirs is not None:
+                    torch.testing.assert_close(ours[:, :theirs.shape[1]], theirs, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", names("metrics", "dinov2*"))
+@torch.no_grad()
+def test_dinov2_agrees_with_official(name):
+    t, _, case = golden(name)
+    seed, seen = case["weight_seed"], 0
+    for tag, keys in case["keys"].items():
+        weights = filled(keys, seed)
+        if tag == "plain_small":                         # small activations make the eps of the norms visible
+            for key in weights:
+                if key in ("pos_embed", "cls_token") or key.endswith("gamma") or key.startswith("patch_embed"):
+                    weights[key] = weights[key] * np.float32(1e-3)
+        net = fid.VisionTransformer(weights, "dinov2", case["config"]["num_heads"]).eval()
+        for key in (k for k in t if re.fullmatch(rf"patch_{tag}_\d+x\d+", k)):
+            size = key.rpartition("_")[2]
+            out, n = net(t[f"x_{size}"]), net.prefix + net.registers
+            torch.testing.assert_close(out[:, n:], t[key], atol=3e-5, rtol=0)
+            torch.testing.assert_close(out[:, 0], t[f"cls_{tag}_{size}"], atol=3e-5, rtol=0)
+            if net.registers:
+                torch.testing.assert_close(out[:, 1:n], t[f"regtok_{tag}_{size}"], atol=3e-5, rtol=0)
+            seen += 1
+        net.pos_embed = filled({"pos_embed": (1, 1370, 8)}, seed)["pos_embed"][:, 1:]
+        for key in (k for k in t if re.fullmatch(rf"pos37_{tag}_\d+", k)):
+            side = int(key.rpartition("_")[2])
+            torch.testing.assert_close(net.positions(side, side), t[key][:, 1:], atol=1e-5, rtol=0)
+            seen += 1
+    assert seen >= 5
+
+
+@pytest.mark.parametrize("name", names("metrics", "siglip*"))
+@torch.no_grad()
+def test_siglip_agrees_with_official(name):
+    t, _, case = golden(name)
+    weights = filled(case["keys"], case["weight_seed"])
+    net = fid.VisionTransformer(weights, "siglip", case["config"]["num_attention_heads"]).eval()
+    for size in ("native", "interp"):
+        torch.testing.assert_close(net(t[f"x_{size}"]), t[f"last_hidden_state_{size}"], atol=3e-5, rtol=0)
+    for key in weights:
+        if any(part in key for part in ("embeddings.", "out_proj.", ".mlp.fc2.")):
+            weights[key] = weights[key] * np.float32(1e-3)
+    net = fid.VisionTransformer(weights, "siglip", case["config"]["num_attention_heads"]).eval()
+    torch.testing.assert_close(net(t["x_native"]), t["last_hidden_state_native_small"], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", names("metrics", "lpips*"))
+@torch.no_grad()
+def test_lpips_agrees_with_official(name):
+    t, _, case = golden(name)
+    vgg = filled(public_keys("vgg16"), case["weight_seed"])
+    heads = {"real": {f"lin{i}.model.1.weight": t[f"head_real_lin{i}"] for i in range(5)},
+             "det": filled(public_keys("lpips_heads_v0.1_vgg"), case["weight_seed"])}
+    for key in (k for k in t if k.startswith("layers_")):
+        _, size, kind = key.split("_")
+        net = fid.Lpips(vgg, heads[kind])                # in training mode, too: nothing in it is random
+        a, b = (t[f"{side}_{size}"].permute(0, 3, 1, 2).float() / 127.5 - 1 for side in "ab")
+        torch.testing.assert_close(net.layers(a, b), t[key], atol=1e-6, rtol=0)
+        torch.testing.assert_close(net(a, b), t[f"lpips_{size}_{kind}"], atol=1e-6, rtol=0)
 
 
 def build_sit(weights, args) -> diffusion.SiT:

@@ -7,20 +7,27 @@ patches are replaced by a mask token, and shallow auxiliary decoders must predic
 patches from the same latents. Stage 2 (Sec. 3.3) freezes the encoder and tunes the pixel decoder until it sees whole
 images again. There is no KL term: what makes the latents easy for a diffusion model is their structure.
 
+    python tokenizer.py --from-official DIR --out out/official     # a released checkpoint -> out/official/ckpt.pt
+
 Letters: B images, N patch tokens, L latent tokens, D width, H latent channels, P patch size, S image size.
 """
 import copy
 import dataclasses
+import functools
+import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.stats import truncnorm
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 from data import (
@@ -40,6 +47,8 @@ from data import (
     micro_batches,
     optimizer_step,
     parse_config,
+    pretrained,
+    read_weights,
     resume,
     save_checkpoint,
     save_grid,
@@ -49,6 +58,9 @@ from data import (
     to_uint8,
     write_json,
 )
+from fid import VisionTransformer, freeze, load_lpips, psnr, ssim
+
+TARGETS = ("pixel", "hog", "dinov2", "siglip")
 
 
 @dataclass
@@ -58,7 +70,7 @@ class Config(Common):
     size: int = setting(32, "image side S in pixels", least=1)
     out: str = setting("out/tokenizer", "folder for ckpt.pt, stage1.pt, log.jsonl, recon.png, metrics.json")
     patch: int = setting(8, "patch side P; divides --size", least=1)
-    latents: int = setting(8, "number of latent tokens L", least=1)
+    latents: int = setting(8, "number of learnable latent tokens L; 0: none, the image tokens are the latents")
     channels: int = setting(16, "channels of a latent token H", least=1)
     width: int = setting(192, "width D of encoder and decoder", least=1)
     depth: int = setting(3, "layers of the encoder, and of the decoder", least=1)
@@ -72,11 +84,28 @@ class Config(Common):
     positions: str = setting("rope", "of image tokens: 2D RoPE of learned frequency, or a table", ("rope", "table"))
     mask_min: float = setting(0.4, "lowest share of patches hidden in stage 1")
     mask_max: float = setting(0.6, "highest share of patches hidden in stage 1; 0: a plain autoencoder")
-    targets: str = setting("hog", "features the auxiliary decoders predict: hog, or none")
-    aux_depth: int = setting(3, "layers of an auxiliary decoder", least=1)
+    kl: float = setting(0.0, "weight of a KL term in nats per image; above 0 the model is a variational autoencoder")
+    targets: str = setting("hog", f"what the auxiliary decoders predict: any of {','.join(TARGETS)}, or none")
+    dinov2: str = setting("vitl14", "DINOv2 model of that target", tuple(
+        f"vit{s}14{r}" for s in "sbl" for r in ("", "_reg4")))
+    teacher_loss: str = setting("cosine", "form of the DINOv2 and SigLIP losses: negative cosine (the released code), "
+                                "or mse (Eq. 8)", ("cosine", "mse"))
+    aux_depth: int = setting(3, "layers of an auxiliary decoder; 0: a linear map")
     aux_width: int = setting(96, "width of an auxiliary decoder", least=1)
     aux_heads: int = setting(2, "heads of an auxiliary decoder", least=1)
     aux_weight: float = setting(1.0, "weight of each masked target (Eq. 8) beside the pixel loss")
+    lpips: float = setting(0.0, "weight of the perceptual loss LPIPS-VGG (lambda 1 of Eq. 6); 0: without")
+    lpips_warmup: int = setting(0, "steps over which that weight rises from 0")
+    adversary: str = setting("none", "discriminator of L_adv: on frozen DINO features, or PatchGAN (no download)",
+                             ("none", "dino", "patchgan"))
+    adv_weight: float = setting(0.4, "weight of L_adv (lambda 2 of Eq. 6), times the adaptive weight")
+    adv_start: int = setting(0, "step at which L_adv and the training of the discriminator begin")
+    adv_norm: str = setting("batch", "its batch norm: over the whole batch, or in groups of 8", ("batch", "groups"))
+    lecam: float = setting(0.001, "weight of the LeCam regulariser of the discriminator")
+    consistency: float = setting(4.0, "weight of its consistency under augmentation; 0: without")
+    diffaug: bool = setting(True, "DiffAugment what the discriminator sees")
+    weights: str = setting("", "folder of pretrained networks; what is missing is downloaded into it; empty: the cache")
+    from_official: str = setting("", "convert this released checkpoint (its folder or file) to --out and stop")
     steps: int = setting(2400, "steps of stage 1")
     stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
     batch_size: int = setting(64, "images per step, over all processes", least=1)
@@ -102,20 +131,49 @@ class Config(Common):
                 raise ValueError(f"width {width} must be a multiple of four times the heads {heads} (2D RoPE)")
         if not 0 <= self.mask_min <= self.mask_max < 1:
             raise ValueError("0 <= --mask-min <= --mask-max < 1 is needed")
-        if set(self.target_names()) - {"hog"}:
-            raise ValueError(f"--targets {self.targets}: hog or none")
+        if set(self.target_names()) - set(TARGETS) or len(set(self.target_names())) < len(self.target_names()):
+            raise ValueError(f"--targets {self.targets}: none, or each at most once of {', '.join(TARGETS)}")
+        if self.adversary == "patchgan" and self.size < 32:
+            raise ValueError(f"--adversary patchgan needs images of 32 pixels or more, not --size {self.size}")
 
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
 
+    def tokens(self) -> tuple[int, int]:
+        """Image tokens N and latent tokens L."""
+        n = (self.size // self.patch) ** 2
+        return n, self.latents or n
 
+
+PAPER = {   # Sec. 3 and Table 7 of the paper; [code]: not in the paper, from the official code; [ours]: in neither
+    "data": "imagenet",                                  # [ours] stands for yours: give --data
+    "size": 256, "patch": 16, "latents": 128, "channels": 32, "width": 768, "depth": 12, "heads": 12,
+    "decoder": "plain",                                  # Eq. 5; the code's and the released decoder is "modulated"
+    "mask_min": 0.4, "mask_max": 0.6, "targets": "hog,dinov2,siglip", "dinov2": "vitl14", "aux_depth": 3,
+    "aux_width": 192, "aux_heads": 3, "aux_weight": 1.0,             # [code]
+    "teacher_loss": "cosine",                            # [code]; Eq. 8 is "mse"
+    "lpips": 1.0, "lpips_warmup": 10_000,                # the warm-up: [code]
+    "adversary": "dino", "adv_weight": 0.4, "adv_start": 30_000, "lecam": 0.001,
+    "adv_norm": "batch", "diffaug": True, "consistency": 4.0,        # [code]
+    "steps": 500_000, "stage2_steps": 50_000, "batch_size": 512, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95,
+    "weight_decay": 1e-4, "warmup": 10_000,
+    "clip": 1.0, "ema": 0.9999,                          # [code]
+    "log_every": 100, "save_every": 5000}                # [ours]
 PRESETS = {
     "quick": {},
-    "imagenet256": {                                     # the paper's Table 7 and Sec. 3
-        "data": "imagenet", "size": 256, "patch": 16, "latents": 128, "channels": 32, "width": 768, "depth": 12,
-        "heads": 12, "aux_width": 192, "aux_heads": 3, "steps": 500_000, "stage2_steps": 50_000, "batch_size": 512,
-        "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000, "ema": 0.9999,
-        "save_every": 5000},
+    "ae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"},     # the paper's ablations, at the size of quick
+    "vae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none", "kl": 1e-5},
+    "mae_pixel": {"targets": "pixel"},
+    "cifar10": {                                         # [ours], for one GPU; not run yet
+        "data": "cifar10", "size": 32, "patch": 4, "latents": 16, "channels": 16, "width": 384, "depth": 6, "heads": 6,
+        "aux_width": 128, "aux_heads": 2, "batch_size": 256, "steps": 30_000, "stage2_steps": 10_000, "warmup": 500,
+        "lr": 1e-3, "muon_lr": 1e-2, "ema": 0.999, "save_every": 2000},
+    "imagenette64": {                                    # [ours], for one GPU; not run yet
+        "data": "imagenette", "size": 64, "patch": 8, "latents": 32, "channels": 16, "width": 512, "depth": 8,
+        "heads": 8, "aux_width": 128, "aux_heads": 2, "batch_size": 256, "steps": 40_000, "stage2_steps": 10_000,
+        "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2, "ema": 0.999, "save_every": 2000},
+    "imagenet256": PAPER,
+    "imagenet512": PAPER | {"size": 512},                # 1,024 patches of 16 pixels; the latents stay 128 x 32
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +291,7 @@ def token(*shape: int) -> nn.Parameter:
 
 
 class Encoder(nn.Module):
-    """Image -> outputs of the L learnable latent tokens (Eq. 4)."""
+    """Image -> outputs of the L learnable latent tokens (Eq. 4); without any, of the N image tokens."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -242,7 +300,8 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(3 * cfg.patch**2, d)
         self.mask_token, self.class_token = token(1, d), token(1, d)
         self.pos_embed = token(1 + n, d)                  # the released model adds it beside RoPE
-        self.latent_tokens, self.latent_pos_embed = token(cfg.latents, d), token(cfg.latents, d)
+        if cfg.latents:
+            self.latent_tokens, self.latent_pos_embed = token(cfg.latents, d), token(cfg.latents, d)
         if cfg.positions == "rope":
             self.rope_freqs = nn.Parameter(init_rope_freqs(cfg.depth, cfg.heads, d))
         self.blocks = nn.ModuleList(Block(d, cfg.heads) for _ in range(cfg.depth))
@@ -254,11 +313,12 @@ class Encoder(nn.Module):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         b, n, _ = x.shape
         x = torch.cat([self.class_token.expand(b, -1, -1), x], 1) + self.pos_embed    # B x (1+N) x D
-        z = (self.latent_tokens + self.latent_pos_embed).expand(b, -1, -1)            # B x L x D
-        x = torch.cat([x, z], 1)                                                      # B x (1+N+L) x D
+        if self.latents:
+            z = (self.latent_tokens + self.latent_pos_embed).expand(b, -1, -1)        # B x L x D
+            x = torch.cat([x, z], 1)                                                  # B x (1+N+L) x D
         g = math.isqrt(n)
         x = run_blocks(self, x, (g, g), 1, self.latents)
-        return self.norm(x[:, -self.latents:])                                        # B x L x D
+        return self.norm(x[:, -(self.latents or n):])                                 # B x L x D
 
 
 class Decoder(nn.Module):
@@ -268,7 +328,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.grid, self.heads, self.latents = cfg.size // cfg.patch, heads, cfg.latents
         self.from_latent = nn.Linear(cfg.channels, width)
-        self.mask_token, self.latent_pos_embed = token(1, width), token(cfg.latents, width)
+        if cfg.latents:
+            self.mask_token, self.latent_pos_embed = token(1, width), token(cfg.latents, width)
         self.class_token = token(1, width) if class_token else None
         self.modulated = cfg.decoder == "modulated"
         if cfg.positions == "rope":
@@ -279,17 +340,34 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=not self.modulated)
         self.head = nn.Linear(width, out)
 
-    def forward(self, h):
+    def features(self, h):
+        """What the last layer sees: B x N x D."""
         b, n = len(h), self.grid**2
-        x = self.mask_token.expand(b, n, -1)                                          # B x N x D
+        x = self.mask_token.expand(b, n, -1) if self.latents else self.from_latent(h)             # B x N x D
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(b, -1, -1), x], 1)
         if hasattr(self, "pos_embed"):
             x = x + self.pos_embed
         before = x.shape[1] - n
-        x = torch.cat([x, self.from_latent(h) + self.latent_pos_embed], 1)            # B x (N+L) x D
+        if self.latents:
+            x = torch.cat([x, self.from_latent(h) + self.latent_pos_embed], 1)        # B x (N+L) x D
         x = run_blocks(self, x, (self.grid, self.grid), before, self.latents, h if self.modulated else None)
-        return self.head(self.norm(x[:, before:before + n]))                          # B x N x out
+        return self.norm(x[:, before:before + n])
+
+    def forward(self, h):
+        return self.head(self.features(h))                                            # B x N x out
+
+
+class LinearDecoder(nn.Module):
+    """An auxiliary decoder of depth 0: one matrix over the tokens, L -> N, and one over the channels, H -> out."""
+
+    def __init__(self, cfg: Config, out: int):
+        super().__init__()
+        n, count = cfg.tokens()
+        self.mix, self.head = nn.Linear(count, n), nn.Linear(cfg.channels, out)
+
+    def forward(self, h):
+        return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))
 
 
 def run_blocks(net, x, grid, before, after, z=None):
@@ -302,35 +380,73 @@ def run_blocks(net, x, grid, before, after, z=None):
 
 
 class Tokenizer(nn.Module):
-    """The autoencoder and its auxiliary decoders: images B x 3 x S x S in [-1, 1], latents B x L x H, unbounded."""
+    """The autoencoder and its auxiliary decoders: images B x 3 x S x S in [-1, 1], latents B x L x H, unbounded.
 
-    def __init__(self, cfg: Config):
+    `widths` gives the number of features of each auxiliary target by name.
+    """
+
+    def __init__(self, cfg: Config, widths: dict[str, int] | None = None):
         super().__init__()
-        self.patch = cfg.patch
+        self.patch, self.variational = cfg.patch, cfg.kl > 0
         self.encoder = Encoder(cfg)
-        self.to_latent = nn.Linear(cfg.width, cfg.channels)
+        self.to_latent = nn.Linear(cfg.width, cfg.channels * (1 + self.variational))
         self.decoder = Decoder(cfg, cfg.dec_width or cfg.width, cfg.dec_depth or cfg.depth, cfg.dec_heads or cfg.heads,
                                3 * cfg.patch**2, cfg.dec_class_token)
-        self.aux = nn.ModuleDict({name: Decoder(cfg, cfg.aux_width, cfg.aux_depth, cfg.aux_heads, HOG_DIM, True)
-                                  for name in cfg.target_names()})
+        self.aux = nn.ModuleDict({
+            name: Decoder(cfg, cfg.aux_width, cfg.aux_depth, cfg.aux_heads, out, True) if cfg.aux_depth else
+            LinearDecoder(cfg, out) for name, out in (widths or {}).items()})
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.weight) if "modulation" in name else nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
 
     def encode(self, image, mask=None):
-        """B x 3 x S x S -> latents B x L x H; mask B x N, True where a patch is hidden."""
-        return self.to_latent(self.encoder(image, mask))
+        """B x 3 x S x S -> latents B x L x H (of a VAE, their mean); mask B x N, True where a patch is hidden."""
+        h = self.to_latent(self.encoder(image, mask))
+        return h.chunk(2, -1)[0] if self.variational else h
 
     def decode(self, h):
         """Latents B x L x H -> images B x 3 x S x S, not clamped."""
         return unpatchify(self.decoder(h).float(), self.patch)
 
-    def forward(self, image, mask=None, frozen=False):
-        """Reconstruction and the auxiliary predictions; `frozen` (stage 2) keeps gradients out of the encoder."""
+    def forward(self, image, mask=None, noise=None, frozen=False):
+        """Training: "recon", the features "hidden" under the last layer, "kl" of a VAE, and a prediction per target.
+
+        `noise` B x L x H samples the latents of a VAE; `frozen` (stage 2) keeps gradients out of the encoder.
+        """
+        out = {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            h = self.encode(image, mask)
-        return self.decode(h), {name: aux(h) for name, aux in self.aux.items()}
+            h = self.to_latent(self.encoder(image, mask))
+        if self.variational:
+            h, log_variance = h.float().chunk(2, -1)
+            if noise is not None:
+                log_variance = log_variance.clamp(-30, 20)
+                out["kl"] = 0.5 * (h.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
+                h = h + (0.5 * log_variance).exp() * noise
+        hidden = self.decoder.features(h)
+        out["recon"], out["hidden"] = unpatchify(self.decoder.head(hidden).float(), self.patch), hidden.detach()
+        return out | {name: aux(h) for name, aux in self.aux.items()}
+
+
+def forward_flops(cfg: Config, widths: dict[str, int] | None = None) -> tuple[int, int]:
+    """FLOPs of one image forward (2 per multiply-add of a matrix product): autoencoder, auxiliary decoders."""
+    n, count = cfg.tokens()
+
+    def layers(tokens, width, depth):
+        return depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+    def decoder(width, depth, out, class_token):
+        if not depth:
+            return 2 * count * n * cfg.channels + 2 * n * cfg.channels * out
+        modulation = 8 * depth * count * cfg.channels * width * (cfg.decoder == "modulated")
+        ends = 2 * count * cfg.channels * width + 2 * n * width * out
+        return ends + modulation + layers(class_token + n + cfg.latents, width, depth)
+
+    pixels = 3 * cfg.patch**2
+    encoder = 2 * n * pixels * cfg.width + layers(1 + n + cfg.latents, cfg.width, cfg.depth)
+    encoder += 2 * count * cfg.width * cfg.channels * (1 + (cfg.kl > 0))
+    aux = sum(decoder(cfg.aux_width, cfg.aux_depth, out, 1) for out in (widths or {}).values())
+    return encoder + decoder(cfg.dec_width or cfg.width, cfg.dec_depth or cfg.depth, pixels, cfg.dec_class_token), aux
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,133 +498,474 @@ def hog(x: torch.Tensor, patch: int, cell: int = 0, window: int = -1) -> torch.T
 
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Eq. 8: squared error on the hidden patches only, mean over them and the features; mask None means all patches."""
-    error = (prediction.float() - target).square().mean(-1)
+    return masked_mean((prediction.float() - target).square().mean(-1), mask)
+
+
+def masked_cosine(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Negative cosine similarity on the hidden patches only: the released code's form of Eq. 8 for the teachers."""
+    return masked_mean(-F.cosine_similarity(prediction.float(), target, dim=-1), mask)
+
+
+def masked_mean(error, mask):
     return error.mean() if mask is None else (error * mask).sum() / mask.sum()
+
+
+@dataclass
+class Target:
+    """What an auxiliary decoder predicts: features(images in [-1, 1]) -> B x N x width, compared by loss."""
+    width: int
+    features: Callable
+    loss: Callable
+
+
+def make_targets(cfg: Config, run: Run) -> dict[str, Target]:
+    """The targets of --targets. To add one: its name in TARGETS, and a branch here that says its three fields."""
+    targets, teacher_loss = {}, masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
+    for name in cfg.target_names():
+        if name == "pixel":
+            targets[name] = Target(3 * cfg.patch**2, functools.partial(patchify, patch=cfg.patch), masked_mse)
+        elif name == "hog":
+            targets[name] = Target(HOG_DIM, functools.partial(hog, patch=cfg.patch), masked_mse)
+        else:
+            file = f"dinov2_{cfg.dinov2}_pretrain" if name == "dinov2" else "siglip-large-patch16-256"
+            net = freeze(VisionTransformer(pretrained(file, cfg.weights, "--targets hog"), name), run)
+            features = functools.partial(net.patch_features, grid=cfg.size // cfg.patch)
+            targets[name] = Target(net.width, run.autocast()(features), teacher_loss)
+    return targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image loss
+
+
+class ImageLoss:
+    """L_recon + lambda1 L_percep + lambda2 L_adv (Eq. 6), with the discriminator behind L_adv and its training."""
+
+    def __init__(self, cfg: Config, run: Run, lpips: Callable | None = None, adversary: "Adversary | None" = None):
+        self.cfg, self.run, self.lpips, self.adversary = cfg, run, lpips, adversary
+
+    def __call__(self, recon, hidden, x, step: int, part: slice):
+        """Gradient with respect to `recon`, and the terms, for images x: rows `part` of this process's batch.
+
+        Where gradients meet in the images, each term is differentiated once and the adaptive weight is nearly free.
+        """
+        pixels = recon.detach().requires_grad_()
+        loss = F.mse_loss(pixels, x)
+        terms = {"recon": loss}
+        if self.lpips:
+            with self.run.autocast():
+                terms["lpips"] = self.lpips(pixels, x).mean()
+            loss = loss + self.cfg.lpips * min(1, (step + 1) / max(1, self.cfg.lpips_warmup)) * terms["lpips"]
+        (gradient,) = torch.autograd.grad(loss, pixels)
+        if self.adversarial(step):
+            terms["adv"] = self.adversary.generator_loss(pixels, step, part)
+            (against,) = torch.autograd.grad(terms["adv"], pixels)
+            terms["adaptive"] = adaptive_weight(gradient, against, hidden, self.cfg.patch, self.run)
+            gradient = gradient + self.cfg.adv_weight * terms["adaptive"] * against
+        return gradient, terms
+
+    def adversarial(self, step: int) -> bool:
+        """Whether the discriminator takes part: before --adv-start it is not even run."""
+        return self.adversary is not None and step + 1 >= self.cfg.adv_start
+
+    def discriminator_step(self, real, fake: list, step: int, rate: float) -> dict:
+        return self.adversary.train_step(real, torch.cat(fake), step, rate) if self.adversarial(step) else {}
+
+    def state_dict(self) -> dict:
+        return self.adversary.state_dict() if self.adversary else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.adversary:
+            self.adversary.load_state_dict(state)
+
+
+def make_image_loss(cfg: Config, run: Run) -> ImageLoss:
+    """The image loss of these settings, with its pretrained networks."""
+    lpips = freeze(load_lpips(cfg.weights), run) if cfg.lpips else None
+    return ImageLoss(cfg, run, lpips, Adversary(cfg, run) if cfg.adversary != "none" else None)
+
+
+def adaptive_weight(gradient, against, hidden, patch: int, run: Run) -> torch.Tensor:
+    """|d L_nll / dW| / (|d L_adv / dW| + 1e-4), at most 1e4, over the global batch; W is the decoder's last matrix.
+
+    The last layer is linear: its gradient is the product of that at its output and its input `hidden`.
+    """
+    both = torch.stack([torch.einsum("bnp,bnd->pd", patchify(g, patch), hidden.float()) for g in (gradient, against)])
+    nll, adv = run.sum(both).flatten(1).norm(dim=1) / run.world
+    return (nll / (adv + 1e-4)).clamp(0, 1e4)
+
+
+def accumulate(terms: dict, more: dict, share: float) -> None:
+    for name, value in more.items():
+        terms[name] = terms.get(name, 0) + value.detach() * share
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train_stage1(cfg: Config, run: Run, images: Images, state: dict | None) -> Tokenizer:
-    """Stage 1 (Sec. 3.2): the whole model, masked images, pixel loss (Eq. 6) and masked targets (Eq. 8)."""
+def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Target], image_loss: ImageLoss,
+                 state: dict | None) -> Tokenizer:
+    """Stage 1 (Sec. 3.2): the whole model, masked images, image loss (Eq. 6) and masked targets (Eq. 8)."""
     torch.manual_seed(cfg.seed)
-    model = Tokenizer(cfg).to(run.device)
+    model = Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(run.device)
     ema, optimizers, done = Ema(model, cfg.ema), make_optimizers(model, cfg), 0
     if state:
-        done = restore(state, model, ema, optimizers)
+        done = restore(state, model, ema, optimizers, image_loss)
     parallel, params = run.parallel(model, cfg.compile), list(model.parameters())
     batches = Batches(images, cfg.batch_size, cfg.seed, run)
     log = Log(run, cfg, "stage 1", done, cfg.steps, batches)
-    n = (cfg.size // cfg.patch) ** 2
+    rows, (n, count) = run.rows(cfg.batch_size), cfg.tokens()
     for step in range(done, cfg.steps):
         x, _ = batches(step)
         ratio = draw_mask_ratio(cfg.mask_min, cfg.mask_max, cfg.seed, step)
-        mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 4, step))[run.rows(cfg.batch_size)]
-        terms = {}
+        mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 4, step))[rows]
+        noise = [None] * len(x)
+        if cfg.kl:
+            g = run.generator(cfg.seed, 7, step)
+            noise = torch.randn(cfg.batch_size, count, cfg.channels, generator=g, device=run.device)[rows]
+        terms, recons = {}, []
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
-            share, hidden = len(x[part]) / len(x), mask[part] if cfg.mask_max else None
             with run.autocast():
-                recon, predictions = parallel(x[part], mask[part])
-            losses = {"recon": F.mse_loss(recon, x[part])}
-            for name, prediction in predictions.items():
-                losses[name] = cfg.aux_weight * masked_mse(prediction, hog(x[part], cfg.patch), hidden)
-            loss = sum(losses.values()) * share
-            loss.backward()
-            for name, value in losses.items():
-                terms[name] = terms.get(name, 0) + value.detach() * share
+                out = parallel(x[part], mask[part], noise[part] if cfg.kl else None)
+            losses = {"kl": cfg.kl * out["kl"]} if cfg.kl else {}
+            for name, target in targets.items():
+                hidden = mask[part] if cfg.mask_max else None
+                losses[name] = cfg.aux_weight * target.loss(out[name], target.features(x[part]), hidden)
+            gradient, image_terms = image_loss(out["recon"], out["hidden"], x[part], step, part)
+            share = len(x[part]) / len(x)
+            (((out["recon"] * gradient).sum() + sum(losses.values())) * share).backward()
+            accumulate(terms, image_terms | losses, share)
+            recons.append(out["recon"].detach())
         rate = learning_rate(step, cfg.steps, cfg.warmup, "cosine")
         terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
+        terms |= image_loss.discriminator_step(x, recons, step, rate)
         ema.update(step)
         log(step + 1, **terms)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save(cfg, run, images, 1, step + 1, model, ema, optimizers)
+            save(cfg, run, images, 1, step + 1, model, ema, optimizers, image_loss)
     return ema.model
 
 
-def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, state: dict | None) -> Tokenizer:
-    """Stage 2 (Sec. 3.3): encoder frozen, auxiliary decoders dropped, pixel loss only, mask ratio falling to zero."""
+def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, image_loss: ImageLoss,
+                 state: dict | None) -> Tokenizer:
+    """Stage 2 (Sec. 3.3): encoder frozen, auxiliary decoders dropped, image loss only, mask ratio falling to zero."""
     model = copy.deepcopy(stage1).to(run.device).train()
-    model.aux = nn.ModuleDict()
     model.requires_grad_(False).decoder.requires_grad_(True)
     ema, optimizers, done = Ema(model, cfg.ema), make_optimizers(model, cfg), 0
     if state:
-        done = restore(state, model, ema, optimizers)
+        done = restore(state, model, ema, optimizers, image_loss)
     parallel, params = run.parallel(model, cfg.compile), list(model.decoder.parameters())
     batches = Batches(images, cfg.batch_size, cfg.seed + 1, run)
     log = Log(run, cfg, "stage 2", done, cfg.stage2_steps, batches)
-    n = (cfg.size // cfg.patch) ** 2
+    rows, (n, _) = run.rows(cfg.batch_size), cfg.tokens()
     for step in range(done, cfg.stage2_steps):
         x, _ = batches(step)
         ratio = cfg.mask_max * (1 - step / max(1, cfg.stage2_steps - 1))
-        mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 5, step))[run.rows(cfg.batch_size)]
-        terms = {}
+        mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 5, step))[rows]
+        terms, recons = {}, []
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
-            share = len(x[part]) / len(x)
             with run.autocast():
-                recon, _ = parallel(x[part], mask[part], frozen=True)
-            loss = F.mse_loss(recon, x[part]) * share
-            loss.backward()
-            terms["recon"] = terms.get("recon", 0) + loss.detach()
+                out = parallel(x[part], mask[part], frozen=True)
+            gradient, image_terms = image_loss(out["recon"], out["hidden"], x[part], cfg.steps + step, part)
+            share = len(x[part]) / len(x)
+            ((out["recon"] * gradient).sum() * share).backward()
+            accumulate(terms, image_terms, share)
+            recons.append(out["recon"].detach())
         rate = learning_rate(step, cfg.stage2_steps, cfg.warmup, "cosine")
         terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
+        terms |= image_loss.discriminator_step(x, recons, cfg.steps + step, rate)
         ema.update(step)
         log(step + 1, **terms)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.stage2_steps:
-            save(cfg, run, images, 2, step + 1, model, ema, optimizers)
+            save(cfg, run, images, 2, step + 1, model, ema, optimizers, image_loss)
     return ema.model
 
 
-def save(cfg, run, images, stage, step, model, ema, optimizers):
+def save(cfg, run, images, stage, step, model, ema, optimizers, image_loss):
     if run.main:
         save_checkpoint(Path(cfg.out) / "ckpt.pt", {
             "kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": stage, "step": step,
             "data": images.fingerprint, "model": model.state_dict(), "ema": ema.model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers]})
+            "optimizers": [o.state_dict() for o in optimizers], "image_loss": image_loss.state_dict()})
 
 
-def restore(state: dict, model, ema, optimizers) -> int:
+def restore(state: dict, model, ema, optimizers, image_loss=None) -> int:
     model.load_state_dict(state["model"])
     ema.model.load_state_dict(state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
+    if image_loss:
+        image_loss.load_state_dict(state["image_loss"])
     return state["step"]
 
 
 def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, Config]:
-    """The averaged weights of a checkpoint, in evaluation mode, and the config they were trained with."""
+    """The averaged weights of a checkpoint without its auxiliary decoders, for evaluation, and its config."""
     state = load_checkpoint(path, "tokenizer")
     cfg = Config(**state["config"])
-    if state["stage"] == 2:
-        cfg.targets = "none"
-    model = Tokenizer(cfg)
-    model.load_state_dict(state["ema"])
+    with torch.device("meta"):
+        model = Tokenizer(cfg)
+    model.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("aux.")}, assign=True)
     return model.to(device).eval().requires_grad_(False), cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adversary of Eq. 6. Nothing else needs this section: skip it on a first reading.
+
+
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+class LeCam:
+    """LeCam regulariser (Tseng 2021): logits are drawn to the running mean of the other side's, kept in `means`."""
+
+    def __init__(self, run: Run, decay: float = 0.999):
+        self.run, self.decay, self.means = run, decay, torch.zeros(2, device=run.device)
+
+    def __call__(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        now = self.run.sum(torch.stack([real.detach().mean(), fake.detach().mean()])) / self.run.world
+        self.means = self.decay * self.means + (1 - self.decay) * now
+        mean_real, mean_fake = self.means
+        return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+
+def draw_augmentation(rng: np.random.Generator, batch: int, size: int, cutout: float, chance: float) -> dict:
+    """Random numbers of DiffAugment for a batch; each of its three operations is there with probability `chance`."""
+    reach, odd = int(size / 8 + 0.5), int(cutout * size + 0.5) % 2
+    draws = {"color": rng.random((3, batch), np.float32),            # brightness, saturation, contrast
+             "shift": rng.integers(-reach, reach + 1, (2, batch)),   # down, right
+             "cutout": rng.integers(0, size + 1 - odd, (2, batch))}
+    return {name: torch.from_numpy(draw) for (name, draw), u in zip(draws.items(), rng.random(3)) if u < chance}
+
+
+def augment(x: torch.Tensor, draws: dict, cutout: float) -> torch.Tensor:
+    """DiffAugment (Zhao 2020) of B x 3 x S x S: colour, translation, and a square of cutout * S set to 0 (mid grey)."""
+    b, c, s, _ = x.shape
+    at = torch.arange(s, device=x.device)
+    if "color" in draws:
+        brightness, saturation, contrast = draws["color"][..., None, None, None]
+        x = x + brightness - 0.5
+        grey = x.mean(1, keepdim=True)
+        x = grey + (x - grey) * 2 * saturation
+        mean = x.mean((1, 2, 3), keepdim=True)
+        x = mean + (x - mean) * (contrast + 0.5)
+    if "shift" in draws:
+        rows, columns = (at + draws["shift"][..., None] + 1).clamp(0, s + 1)          # 2 x B x S into the padded image
+        image, channel = (torch.arange(k, device=x.device) for k in (b, c))
+        x = F.pad(x, (1, 1, 1, 1))[image[:, None, None, None], channel[:, None, None],
+                                   rows[:, None, :, None], columns[:, None, None, :]]
+    if "cutout" in draws:
+        side = int(cutout * s + 0.5)
+        first = draws["cutout"][..., None] - side // 2
+        rows, columns = (at >= first.clamp(0, s - 1)) & (at <= (first + side - 1).clamp(0, s - 1))
+        x = x * ~(rows[:, None, :, None] & columns[:, None, None, :])
+    return x
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of B x C x T over the global batch (torch's SyncBatchNorm needs GPUs), or, with `group`, over each
+    group of so many images, in training and evaluation alike.
+    """
+
+    def __init__(self, channels: int, group: int = 0):
+        super().__init__(channels, eps=1e-6)
+        self.group = group
+
+    def forward(self, x):
+        x = x.float()
+        if self.group:
+            parts = x.unflatten(0, (-(-len(x) // self.group), -1))               # G x B/G x C x T
+            mean, var = parts.mean((1, 3), keepdim=True), parts.var((1, 3), correction=0, keepdim=True)
+            x = ((parts - mean) * (var + self.eps).rsqrt()).flatten(0, 1)
+        elif not self.training:
+            return super().forward(x)
+        else:
+            mean = over_processes(x.mean((0, 2)))
+            var = over_processes((x - mean[:, None]).square().mean((0, 2)))
+            with torch.no_grad():
+                n = x.numel() // x.shape[1] * (dist.get_world_size() if dist.is_initialized() else 1)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            x = (x - mean[:, None]) * (var[:, None] + self.eps).rsqrt()
+        return x * self.weight[:, None] + self.bias[:, None]
+
+
+def over_processes(x):
+    """Mean over the processes, through which gradients flow."""
+    return all_reduce(x) / dist.get_world_size() if dist.is_initialized() else x
+
+
+class DinoDiscriminator(nn.Module):
+    """Heads on the frozen features of a DINO ViT-S/16 (StyleGAN-T, VAR): images in [-1, 1] -> logits B x 5*196.
+
+    The trunk stands in a tuple: it is no part of parameters(), state_dict() or train().
+    """
+
+    def __init__(self, trunk: VisionTransformer, norm: str = "batch", readouts: tuple = (2, 5, 8, 11)):
+        super().__init__()
+        self.trunk, self.readouts, width = (trunk,), readouts, trunk.width
+
+        def conv(out, kernel):
+            layer = nn.Conv1d(width, out, kernel, padding=kernel // 2, padding_mode="circular")
+            return nn.utils.spectral_norm(layer)
+
+        def unit(kernel):
+            return nn.Sequential(conv(width, kernel), BatchNorm(width, 8 * (norm == "groups")), nn.LeakyReLU(0.2))
+
+        self.heads = nn.ModuleList(nn.Sequential(unit(1), Residual(unit(9)), conv(1, 1)) for _ in (0, *readouts))
+
+    def forward(self, *views):
+        """Logits of each batch of images, whose statistics are kept apart."""
+        return [self.logits(x) for x in views]
+
+    def features(self, image):
+        """Patch tokens plus class token, B x D x 196, before the layers and after each of `readouts`."""
+        trunk = self.trunk[0]
+        x = trunk.normalise(image)
+        size = trunk.patch * math.isqrt(trunk.pos_embed.shape[1])
+        if image.shape[-1] != size:
+            x = F.interpolate(x, (size, size), mode="area" if image.shape[-1] > size else "bicubic")
+        x = trunk.embed(x)
+        taps = [x]
+        for i, layer in enumerate(trunk.layers[:max(self.readouts) + 1]):
+            x = layer(x)
+            taps += [x] if i in self.readouts else []
+        return [(t[:, 1:] + t[:, :1]).transpose(1, 2) for t in taps]
+
+    def logits(self, image):
+        return torch.cat([head(f).flatten(1).float() for head, f in zip(self.heads, self.features(image))], 1)
+
+
+class Residual(nn.Module):
+    def __init__(self, fn: nn.Module):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return (self.fn(x) + x) / math.sqrt(2)
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN of pix2pix and VQGAN: 3 strided layers from 64 channels; logits B x 30*30 at 256 pixels."""
+
+    def __init__(self, norm: str = "batch", width: int = 64):
+        super().__init__()
+        sizes = [(3, width, 2), (width, 2 * width, 2), (2 * width, 4 * width, 2), (4 * width, 8 * width, 1)]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 4, stride, 1, bias=i == 3) for i, o, stride in sizes)
+        self.norms = nn.ModuleList(BatchNorm(o, 8 * (norm == "groups")) for _, o, _ in sizes[1:])
+        self.last = nn.Conv2d(8 * width, 1, 4, 1, 1)
+        for conv in (*self.convs, self.last):
+            nn.init.normal_(conv.weight, 0, 0.02)
+        for m in self.norms:
+            nn.init.normal_(m.weight, 1, 0.02)
+
+    def forward(self, *views):
+        return [self.logits(x) for x in views]
+
+    def logits(self, x):
+        x = F.leaky_relu(self.convs[0](x), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms):
+            x = conv(x)
+            x = F.leaky_relu(norm(x.flatten(2)).view(x.shape), 0.2)
+        return self.last(x).flatten(1).float()
+
+
+def make_discriminator(cfg: Config, run: Run) -> nn.Module:
+    torch.manual_seed(cfg.seed + 1)
+    if cfg.adversary == "patchgan":
+        return PatchDiscriminator(cfg.adv_norm)
+    weights = pretrained("dino_deitsmall16_pretrain", cfg.weights, "--adversary patchgan")
+    return DinoDiscriminator(freeze(VisionTransformer(weights, "dino"), run), cfg.adv_norm)
+
+
+class Adversary:
+    """The discriminator, its optimizer and its loss: hinge and LeCam, and consistency under augmentation."""
+
+    def __init__(self, cfg: Config, run: Run, net: nn.Module | None = None):
+        self.cfg, self.run, self.lecam = cfg, run, LeCam(run)
+        self.net = (net or make_discriminator(cfg, run)).to(run.device).train()
+        self.parallel, self.params = run.parallel(self.net), list(self.net.parameters())
+        self.optimizers = make_optimizers(self.net, cfg)
+
+    def view(self, x, purpose: int, step: int, part: slice, cutout: float = 0.2, chance: float = 0.5):
+        """x as the discriminator sees it: augmented, and above 224 pixels half of the time a crop of 224 for DINO."""
+        cfg, size = self.cfg, x.shape[-1]
+        rng = np.random.default_rng([cfg.seed, 6, step, purpose])
+        if cfg.diffaug or chance == 1:
+            draws = draw_augmentation(rng, cfg.batch_size, size, cutout, chance)
+            rows = self.run.rows(cfg.batch_size)
+            x = augment(x, {k: v[:, rows][:, part].to(x.device) for k, v in draws.items()}, cutout)
+        if cfg.adversary == "dino" and size > 224 and rng.random() < 0.5:
+            top, left = rng.integers(0, size - 223, 2)
+            x = x[:, :, top:top + 224, left:left + 224]
+        return x
+
+    def generator_loss(self, recon, step: int, part: slice) -> torch.Tensor:
+        with self.run.autocast():
+            return -self.net(self.view(recon, 0, step, part))[0].mean()
+
+    def train_step(self, real, fake, step: int, rate: float) -> dict:
+        """One step on real images and detached reconstructions of the same batch."""
+        cfg, terms = self.cfg, {}
+        for part in micro_batches(self.parallel, len(real), cfg.micro_batch):
+            pair = real[part], fake[part]
+            views = [self.view(x, 1 + i, step, part) for i, x in enumerate(pair)]
+            if cfg.consistency:
+                views += [self.view(x, 3 + i, step, part, 0.5, 1) for i, x in enumerate(pair)]
+            with self.run.autocast():
+                on_real, on_fake, *again = self.parallel(*views)
+            losses = {"hinge": hinge_loss(on_real, on_fake), "lecam": self.lecam(on_real, on_fake)}
+            loss = cfg.adv_weight * (losses["hinge"] + cfg.lecam * losses["lecam"])
+            if again:
+                losses["consistency"] = F.mse_loss(torch.cat([on_real, on_fake]), torch.cat(again))
+                loss = loss + cfg.consistency * losses["consistency"]
+            share = len(pair[0]) / len(real)
+            (loss * share).backward()
+            accumulate(terms, losses | {"on_real": on_real.mean(), "on_fake": on_fake.mean()}, share)
+        terms["grad_d"] = optimizer_step(self.optimizers, self.params, rate, cfg.clip)
+        return terms
+
+    def state_dict(self) -> dict:
+        return {"net": self.net.state_dict(), "means": self.lecam.means,
+                "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.net.load_state_dict(state["net"])
+        self.lecam.means = state["means"].to(self.run.device)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The released weights
 
-RENAMED = (("post_quant_conv.", "decoder.from_latent."), ("quant_conv.", "to_latent."), ("to_pixel.model.", "head."),
-           (".model.", "."), ("cls_token", "class_token"), (".freqs", ".rope_freqs"),
-           ("patch_embed.proj", "patch_embed"), ("adaLN_modulation", "modulation"))
+RENAMED = [(f"{old}_{theirs}.", f"aux.{ours}.{new}") for theirs, ours in (
+    ("hog", "hog"), ("dino", "dinov2"), ("clip", "siglip")) for old, new in (
+    ("decoder", ""), ("post_quant_conv", "from_latent."), ("to_pixel", "head."))]
+RENAMED += [("post_quant_conv.", "decoder.from_latent."), ("quant_conv.", "to_latent."), ("to_pixel.model.", "head."),
+            (".model.", "."), ("cls_token", "class_token"), (".freqs", ".rope_freqs"),
+            ("patch_embed.proj", "patch_embed"), ("adaLN_modulation", "modulation")]
 
 
-def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_heads: int = 0) -> tuple[Tokenizer, Config]:
-    """The released AEModel's state dict as our Tokenizer; heads default to 64 channels each, as in all released sizes.
+def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_heads: int = 0,
+                  aux_heads: int = 0) -> tuple[Tokenizer, Config]:
+    """The state dict of a released AEModel, or of a MaskAEModel in training with its auxiliary decoders, as our
+    Tokenizer; heads default to 64 channels each, as in all released sizes.
 
-    Folded away exactly: LayerScale (into the matrix before it) and what never reaches the output (RoPE grids, the
-    decoder's position table beside RoPE, its patch embedding, the modulation of its last norm). A key that is missing
-    or left over is an error that names it.
+    Folded away exactly: LayerScale (into the matrix before it) and what never reaches the output (RoPE grids, and in
+    decoders the position table beside RoPE, the patch embedding, the modulation of the last norm). A key that is
+    missing or left over is an error that names it.
     """
-    rope = "encoder.freqs" in weights
-    dead = ("freqs_t_x", "freqs_t_y", "decoder.model.patch_embed.", "decoder.model.norm.adaLN_modulation.")
-    dead += ("decoder.model.pos_embed",) if rope else ()
-    ours = {}
+    rope, ours = "encoder.freqs" in weights, {}
+    unused = (".model.patch_embed.", ".model.norm.adaLN_modulation.", ".model.head.", ".model.pos_embed")[:3 + rope]
     for key, value in weights.items():
-        if any(word in key for word in dead) or key.endswith("gamma"):
+        if "freqs_t_" in key or key.endswith("gamma") or key.startswith(("projection.", "repa_model.", "clip_model.")):
             continue
-        module = key.rpartition(".")[0]
+        if not key.startswith("encoder.") and any(name in key for name in unused):
+            continue
+        value, module = value.float(), key.rpartition(".")[0]
         gamma = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}.get(".".join(module.split(".")[-2:]))
         gamma = weights.get(module.rpartition(".")[0].rpartition(".")[0] + f".{gamma}")
         if gamma is not None:
@@ -518,27 +975,65 @@ def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_head
         for old, new in RENAMED:
             key = key.replace(old, new)
         ours[key] = value
+    widths = {name: ours[f"aux.{name}.head.weight"].shape[0] for name in TARGETS if f"aux.{name}.head.weight" in ours}
+
+    def measure(side):
+        return (ours[f"{side}.latent_pos_embed"].shape[-1],
+                len({k.split("blocks.")[1].split(".")[0] for k in ours if k.startswith(f"{side}.blocks.")}))
+
     try:
         patch = math.isqrt(ours["encoder.patch_embed.weight"].shape[1] // 3)
         rows = ours["encoder.pos_embed"].shape[1] - 1
-        width, dec_width = (ours[f"{side}.mask_token"].shape[-1] if f"{side}.mask_token" in ours else
-                            ours[f"{side}.latent_pos_embed"].shape[-1] for side in ("encoder", "decoder"))
-        depth, dec_depth = (len({k.split(".")[2] for k in ours if k.startswith(f"{side}.blocks.")})
-                            for side in ("encoder", "decoder"))
+        (width, depth), (dec_width, dec_depth) = measure("encoder"), measure("decoder")
+        aux_width, aux_depth = measure(f"aux.{next(iter(widths))}") if widths else (192, 3)
         cfg = Config(size=patch * math.isqrt(rows), patch=patch, latents=ours["encoder.latent_tokens"].shape[1],
                      channels=ours["to_latent.weight"].shape[0], width=width, depth=depth,
                      heads=enc_heads or width // 64, dec_width=dec_width, dec_depth=dec_depth,
-                     dec_heads=dec_heads or dec_width // 64, targets="none", positions="rope" if rope else "table",
-                     decoder="modulated" if "decoder.blocks.0.modulation.1.weight" in ours else "plain",
-                     dec_class_token="decoder.class_token" in ours)
+                     dec_heads=dec_heads or dec_width // 64, aux_width=aux_width, aux_depth=aux_depth,
+                     aux_heads=aux_heads or aux_width // 64, targets=",".join(widths) or "none",
+                     positions="rope" if rope else "table", dec_class_token="decoder.class_token" in ours,
+                     decoder="modulated" if "decoder.blocks.0.modulation.1.weight" in ours else "plain")
     except KeyError as error:
         fail(f"not a released tokenizer: {error} is missing")
     ours.setdefault("encoder.mask_token", torch.zeros(1, 1, width))      # models trained without masking have none
-    model = Tokenizer(cfg)
-    missing, extra = model.load_state_dict(ours, strict=False)
-    if missing or extra:
-        fail(f"not a released tokenizer: {'missing ' + missing[0] if missing else 'unknown ' + extra[0]}")
+    with torch.device("meta"):
+        model = Tokenizer(cfg, widths)
+    for key, value in model.state_dict().items():
+        if key not in ours or ours[key].shape != value.shape:
+            found = f"is {list(ours[key].shape)}, not {list(value.shape)}" if key in ours else "is missing"
+            fail(f"not a released tokenizer: {key} {found}")
+    extra = ours.keys() - model.state_dict().keys()
+    if extra:
+        fail(f"not a released tokenizer: {min(extra)} is unknown")
+    model.load_state_dict(ours, assign=True)
     return model.eval().requires_grad_(False), cfg
+
+
+def convert(cfg: Config, run: Run) -> None:
+    """--from-official: config.json and model.safetensors of a folder, or a bare state dict -> ckpt.pt in --out."""
+    path, facts = Path(cfg.from_official), {}
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        fail(f"--from-official {cfg.from_official}: there is no {path}")
+    about = path.with_name("config.json")
+    try:
+        if about.exists():
+            facts = json.loads(about.read_text())
+        statistics = {name: float(facts[f"vq_{name}"]) for name in ("mean", "std") if f"vq_{name}" in facts}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        fail(f"{about} is not the config of a released tokenizer ({error})")
+    model, official = from_official(read_weights(path))
+    official.data, official.out = cfg.data, cfg.out
+    out = run.claim(cfg.out, cfg.fresh)
+    if (out / "ckpt.pt").exists():
+        fail(f"{out / 'ckpt.pt'} is there already; give another --out, or --fresh to replace it")
+    if run.main:
+        save_checkpoint(out / "ckpt.pt", {
+            "kind": "tokenizer", "config": dataclasses.asdict(official), "stage": 2, "step": 0, "data": "",
+            "latent_statistics": statistics, "source": str(path.absolute()), "model": {}, "ema": model.state_dict()})
+    run.print(f"{path}: {official.size} px, patch {official.patch}, {official.latents} latents x {official.channels}, "
+              f"{official.decoder} decoder, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
+              f"latent statistics {statistics or 'not given'}; wrote {out / 'ckpt.pt'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,28 +1057,6 @@ def reconstruct(model: Tokenizer, x: torch.Tensor, run: Run) -> torch.Tensor:
         return to_uint8(model.decode(model.encode(to_float(x.to(run.device)))))
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of uint8 images; identical ones count as 100 dB."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return (20 * math.log10(255) - 10 * error.log10()).clamp(max=100)
-
-
-def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang 2004)."""
-    w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
-    w = (torch.outer(w, w) / w.sum() ** 2)[None, None]
-
-    def blur(x):
-        return F.conv2d(x.flatten(0, 1)[:, None], w).view(*x.shape[:2], x.shape[2] - 10, x.shape[3] - 10)
-
-    a, b = a.double() / 255, b.double() / 255
-    ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
-    score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return score.flatten(1).mean(1)
-
-
 def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
     """Accuracy of logistic regression on the flattened, standardised latents (paper Fig. 5a)."""
     z, v = train_z.flatten(1).double(), val_z.flatten(1).double()
@@ -602,15 +1075,18 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int =
     return ((v @ w[:-1] + w[-1]).argmax(1) == val_y).double().mean().item()
 
 
-def evaluate(model: Tokenizer, images: Images, run: Run, batch: int = 250) -> dict:
-    """PSNR and SSIM over the validation images, uint8 against uint8, shared out over the processes."""
-    sums = torch.zeros(3, dtype=torch.float64)
+@torch.no_grad()
+def evaluate(model: Tokenizer, images: Images, run: Run, lpips=None, batch: int = 250) -> dict:
+    """PSNR, SSIM and LPIPS (if given) over the validation images, uint8 to uint8, shared out over the processes."""
+    sums, names = torch.zeros(4, dtype=torch.float64), ("psnr", "ssim", "lpips")
     for i in range(batch * run.rank, len(images), batch * run.world):
         x = images[np.arange(i, min(i + batch, len(images)))].to(run.device)
-        y = reconstruct(model, x, run)
-        sums += torch.tensor([psnr(x, y).sum(), ssim(x, y).sum() if x.shape[-1] > 10 else math.nan, len(x)])
-    total_psnr, total_ssim, count = run.sum(sums.to(run.device)).tolist()
-    return {"psnr": total_psnr / count} | ({} if math.isnan(total_ssim) else {"ssim": total_ssim / count})
+        y, nothing = reconstruct(model, x, run), torch.tensor(math.nan)
+        sums += torch.stack([psnr(x, y).sum(), ssim(x, y).sum() if x.shape[-1] > 10 else nothing,
+                             run.autocast()(lpips)(to_float(x), to_float(y)).sum() if lpips else nothing,
+                             torch.tensor(len(x))]).cpu()
+    *totals, count = run.sum(sums.to(run.device)).tolist()
+    return {name: total / count for name, total in zip(names, totals) if not math.isnan(total)}
 
 
 def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cfg: Config, run: Run) -> None:
@@ -629,23 +1105,31 @@ def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cf
 def main():
     cfg = parse_config(Config, PRESETS, __doc__)
     run, began = start(cfg), time.time()
+    if cfg.from_official:
+        return convert(cfg, run)
     if cfg.data not in NAMED:
         cfg.data = str(Path(cfg.data).absolute())        # the later stages find it from any folder
+    targets, image_loss = make_targets(cfg, run), make_image_loss(cfg, run)
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
     val = load_images(cfg.data, cfg.size, "val")
     run.print(f"{cfg.data}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes")
+    flops, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()})
+    run.print(f"forward per image: {flops / 1e9:.4g} GFLOP, auxiliary decoders {aux / 1e9:.4g}; training takes three "
+              "times that; frozen networks and the discriminator come on top")
     out = run.claim(cfg.out, cfg.fresh)
     state = resume(out / "ckpt.pt", "tokenizer", cfg, {"data": train.fingerprint}, run)
     stage = state["stage"] if state else 1
     if stage == 1:
-        model = train_stage1(cfg, run, train, state)
+        model = train_stage1(cfg, run, train, targets, image_loss, state)
         if run.main:
             save_checkpoint(out / "stage1.pt", {"kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": 1,
                                                 "step": cfg.steps, "ema": model.state_dict()})
         run.barrier()
     stage1, _ = load_tokenizer(out / "stage1.pt", run.device)
-    stage2 = train_stage2(cfg, run, train, stage1, state if stage == 2 else None) if cfg.stage2_steps else stage1
-    metrics = {"stage1": evaluate(stage1, val, run), "stage2": evaluate(stage2, val, run)}
+    stage2 = stage1
+    if cfg.stage2_steps:
+        stage2 = train_stage2(cfg, run, train, stage1, image_loss, state if stage == 2 else None)
+    metrics = {f"stage{i + 1}": evaluate(m, val, run, image_loss.lpips) for i, m in enumerate((stage1, stage2))}
     if run.main:
         report(cfg, run, train, val, stage1, stage2, metrics, began)
     run.barrier()
@@ -663,7 +1147,7 @@ def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer,
     write_json(out / "metrics.json", metrics)
     for name in ("stage1", "stage2"):
         row = metrics[name]
-        run.print(f"{name}: validation PSNR {row['psnr']:.2f} dB, SSIM {row.get('ssim', math.nan):.3f}")
+        run.print(f"{name}: validation", ", ".join(f"{key.upper()} {value:.4g}" for key, value in row.items()))
     run.print(f"latents bit-identical before and after stage 2: {metrics['latents_unchanged_by_stage2']}")
     if "linear_probe" in metrics:
         run.print(f"linear probe of the latents: {metrics['linear_probe']:.1%} of {len(train.classes)} classes")
