@@ -23,6 +23,8 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch: the tests are for the CPU
 import torch
+import torch.nn.attention
+import torch.utils.flop_counter
 from PIL import Image
 
 import data
@@ -86,6 +88,52 @@ def test_official_weights_with_a_wrong_key_are_refused():
     del weights["encoder.model.blocks.1.mlp.fc1.bias"]
     with pytest.raises(SystemExit, match=r"encoder.blocks.1.mlp.fc1.bias is missing"):
         tokenizer.from_official(weights, *heads)
+
+
+@pytest.mark.parametrize("name", ["ae_b128_256_plain_cls", "ae_b128_512_p16_movq_nocls"])
+@torch.no_grad()
+def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys):
+    """The exact key list with random values: --from-official, then an image there and back; the statistics travel."""
+    rows = [line.split("\t") for line in (GOLDENS / f"maetok/keys/{name}.tsv").read_text().splitlines() if line[0] != "#"]
+    torch.manual_seed(0)
+    weights = {key: 0.03 * torch.randn([int(n) for n in shape.split("x")]) for key, shape, *_ in rows}
+    (tmp_path / "official").mkdir()
+    write_safetensors(tmp_path / "official/model.safetensors", weights)
+    (tmp_path / "official/config.json").write_text(json.dumps({"vq_mean": 0.01, "vq_std": 0.07, "image_size": 1}))
+    start = time.time()
+    read = data.read_weights(tmp_path / "official/model.safetensors")
+    between = time.time()
+    model, cfg = tokenizer.from_official(read)
+    assert between - start < 5 and time.time() - between < 5
+    assert all(torch.equal(read[k], weights[k]) for k in weights)
+    assert (cfg.size, cfg.latents, cfg.channels) == (512 if "512" in name else 256, 128, 32)
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", str(tmp_path / "official"), "--out",
+                                      str(tmp_path / "out")])
+    tokenizer.main()
+    assert "0.07" in capsys.readouterr().out
+    again, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", torch.device("cpu"))
+    stored = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert stored["latent_statistics"] == {"mean": 0.01, "std": 0.07}
+    x = torch.rand(1, 3, cfg.size, cfg.size) * 2 - 1
+    z = model.encode(x)
+    assert z.shape == (1, 128, 32) and torch.equal(again.encode(x), z)
+    image = model.decode(z)
+    assert image.shape == x.shape and torch.equal(again.decode(z), image) and image.isfinite().all()
+
+
+def test_a_bare_state_dict_and_a_training_checkpoint_load(tmp_path, monkeypatch):
+    _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
+    torch.save({"model": {"a": torch.zeros(1)}, "ema": weights, "steps": 3, "args": {"lr": 1}}, tmp_path / "train.pt")
+    assert data.read_weights(tmp_path / "train.pt").keys() == weights.keys()
+    torch.save(weights, tmp_path / "bare.pt")
+    assert data.read_weights(tmp_path / "bare.pt").keys() == weights.keys()
+    for path, message in (("train.pt", "encoder"), ("none", "there is no none")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", path, "--out", "out"])
+        if path == "none":
+            with pytest.raises(SystemExit, match=message):
+                tokenizer.main()
+            assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", names("maetok", "rope_*"))
@@ -269,14 +317,13 @@ def test_dino_discriminator_agrees_at_full_size(name):
             torch.testing.assert_close(net(x)[0], t[f"logits_{tag}_{call}"], atol=1e-4, rtol=0)
         if norm == "groups":
             torch.testing.assert_close(net.eval()(x)[0], t["logits_bn_eval"], atol=1e-4, rtol=0)
-    for suffix, image, channels, every in (("", x, 48, 3), ("_224", t.get("img_224"), 16, 7)):
-        if image is not None:
-            image = image if suffix == "" else image.permute(0, 3, 1, 2).float() / 127.5 - 1
-            for i, tap in enumerate(net.features(image)):
-                ours = tap[:, :channels, ::every]
-                theirs = t.get(f"act{i}{suffix}")
-                if theirs is not None:
-                    torch.testing.assert_close(ours[:, :theirs.shape[1]], theirs, atol=2e-4, rtol=0)
+    taps = [(x, "", 3)]
+    if "img_224" in t:
+        taps.append((t["img_224"].permute(0, 3, 1, 2).float() / 127.5 - 1, "_224", 7))
+    for image, suffix, every in taps:
+        for i, tap in enumerate(net.features(image)):
+            n, channels, _ = t[f"act{i}{suffix}"].shape
+            torch.testing.assert_close(tap[:n, :channels, ::every], t[f"act{i}{suffix}"], atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", names("metrics", "dinov2*"))
@@ -400,6 +447,232 @@ def test_frechet_distance_agrees_with_exact(name):
         distance = fid.frechet_distance(*moments[pair[0]], *moments[pair[1]])
         assert distance == pytest.approx(t[f"fid_exact_{pair}"], rel=1e-6)
     assert fid.frechet_distance(*moments["A"], *moments["A"]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All losses at once, with made weights
+
+
+def vit_keys(width: int, depth: int, patch: int, positions: int, scale: bool) -> dict[str, tuple]:
+    """Names and shapes of a DINO or DINOv2 (`scale`: with LayerScale) file of another size."""
+    keys = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width), "norm.weight": (width,),
+            "norm.bias": (width,), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        sizes = {"norm1.weight": (), "norm1.bias": (), "norm2.weight": (), "norm2.bias": (), "attn.qkv.weight": 3,
+                 "attn.qkv.bias": 3, "attn.proj.weight": 1, "attn.proj.bias": 1, "mlp.fc1.weight": 4, "mlp.fc1.bias": 4}
+        sizes |= {"ls1.gamma": (), "ls2.gamma": ()} if scale else {}
+        for name, times in sizes.items():
+            rows = (width * (times or 1),)
+            keys[f"blocks.{i}.{name}"] = rows + (width,) if name.endswith("weight") and times else rows
+        keys |= {f"blocks.{i}.mlp.fc2.weight": (width, 4 * width), f"blocks.{i}.mlp.fc2.bias": (width,)}
+    return keys
+
+
+def write_safetensors(path: Path, tensors: dict) -> None:
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at + 4 * x.numel()]}
+        at += 4 * x.numel()
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            file.write(x.contiguous().numpy().tobytes())
+
+
+@pytest.fixture(scope="session")
+def made_weights(tmp_path_factory):
+    """A folder of pretrained networks under their public names and keys: random, and all but VGG16 small."""
+    at = tmp_path_factory.mktemp("weights")
+    torch.save(filled({k: v for k, v in public_keys("vgg16").items() if "features" in k}, 1), at / "vgg16-397923af.pth")
+    torch.save(filled(public_keys("lpips_heads_v0.1_vgg"), 1), at / "lpips_vgg.pth")
+    torch.save(filled(vit_keys(24, 12, 16, 197, False), 1), at / "dino_deitsmall16_pretrain.pth")
+    torch.save(filled(vit_keys(32, 2, 14, 1370, True) | {"mask_token": (1, 32)}, 1), at / "dinov2_vits14_pretrain.pth")
+    _, _, case = golden(names("metrics", "siglip*")[0])
+    extra = {"logit_scale": (1,), "text_model.final_layer_norm.bias": (64,)}
+    write_safetensors(at / "siglip-large-patch16-256.safetensors", filled(case["keys"] | extra, 1))
+    return at
+
+
+FULL = ["--size", "32", "--patch", "8", "--width", "24", "--heads", "2", "--depth", "1", "--aux-width", "16",
+        "--aux-depth", "1", "--latents", "4", "--channels", "4", "--batch-size", "4", "--warmup", "2", "--log-every", "1",
+        "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1", "--lpips-warmup", "4",
+        "--adversary", "dino", "--adv-start", "3", "--precision", "fp32", "--optimizer", "adamw", "--lr", "1e-4"]
+LOSSES = {"recon", "lpips", "pixel", "hog", "dinov2", "siglip", "grad"}
+AGAINST = {"adv", "adaptive", "hinge", "lecam", "consistency", "on_real", "on_fake", "grad_d"}
+
+
+def log_of(folder) -> list[dict]:
+    skipped = {"images_per_s", "data_wait", "memory_gib"}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in skipped} for line in lines]
+
+
+def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
+    """Every term finite and logged from its step on; two processes as one; a cut run goes on bit by bit, its
+    discriminator and LeCam means too.
+    """
+    pictures = np.random.default_rng(0).integers(0, 256, (42, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for i, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
+    args = [*FULL, "--weights", made_weights, "--stage2-steps", "3", "--save-every", "2", "--data",
+            tmp_path / "pictures"]
+    script("tokenizer", *args, "--steps", "6", "--out", "whole", cwd=tmp_path)
+    whole = log_of(tmp_path / "whole")
+    for line in whole:
+        named = {"stage", "step", "images"} | (LOSSES if line["stage"] == "stage 1" else {"recon", "lpips", "grad"})
+        at = line["step"] + 6 * (line["stage"] == "stage 2")
+        assert line.keys() == named | (AGAINST if at >= 3 else set()), line
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+    metrics = json.loads((tmp_path / "whole/metrics.json").read_text())
+    assert metrics["latents_unchanged_by_stage2"] and metrics["stage2"]["lpips"] > 0
+    script("tokenizer", *args, "--steps", "6", "--out", "two", cwd=tmp_path, processes=2)
+    for one, two in zip(whole, log_of(tmp_path / "two")):
+        for name in one.keys() - {"stage"}:
+            tolerance = 5e-3 if name in ("adaptive", "grad") else 1e-4     # a quotient of small norms, and what it scales
+            assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), (name, one, two)
+    victim = script("tokenizer", *args, "--steps", "6", "--out", "cut", cwd=tmp_path, background=True)
+    log = tmp_path / "cut/log.jsonl"
+    wait_for(lambda: log.exists() and '"step": 5,' in log.read_text(), victim)
+    victim.kill()
+    victim.wait()
+    assert "continuing" in script("tokenizer", *args, "--steps", "6", "--out", "cut", cwd=tmp_path).stdout
+    assert log_of(tmp_path / "cut") == whole
+    a, b = (flat(torch.load(tmp_path / name / "ckpt.pt", weights_only=True)) for name in ("whole", "cut"))
+    assert {"image_loss.means", "image_loss.net.heads.0.0.0.weight_u"} <= a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def flat(state, prefix="") -> dict:
+    """All tensors of a nested checkpoint by path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix[1:]: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {k: v for key, value in items for k, v in flat(value, f"{prefix}.{key}").items()}
+
+
+def full_config(made_weights, **more) -> tokenizer.Config:
+    cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [*FULL, "--weights", str(made_weights)])
+    return data.dataclasses.replace(cfg, adv_start=0, **more)
+
+
+def test_gradients_reach_what_they_should(made_weights):
+    cfg, run = full_config(made_weights), cpu_run()
+    targets, loss = tokenizer.make_targets(cfg, run), tokenizer.make_image_loss(cfg, run)
+    frozen = [loss.lpips, loss.adversary.net.trunk[0], *(t.features.__wrapped__.func.__self__ for t in targets.values()
+                                                       if hasattr(t.features, "__wrapped__"))]
+    assert len(frozen) == 4
+    model = tokenizer.Tokenizer(cfg, {name: t.width for name, t in targets.items()})
+    x, mask = torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(16).expand(4, 16) % 2 == 0
+
+    def touched(net):
+        found = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        net.zero_grad()
+        return found
+
+    def everything(net):
+        return {name for name, _ in net.named_parameters()}
+
+    out = model(x, mask)
+    gradient, terms = loss(out["recon"], out["hidden"], x, 5, slice(None))
+    (out["recon"] * gradient).sum().backward(retain_graph=True)
+    assert touched(model) == {name for name in everything(model) if not name.startswith("aux.")}
+    for name, target in targets.items():
+        target.loss(out[name], target.features(x), mask).backward(retain_graph=True)
+        assert touched(model) == {key for key in everything(model)
+                                  if not key.startswith(("decoder.", "aux.")) or key.startswith(f"aux.{name}.")}
+    assert not touched(loss.adversary.net)               # the generator's step leaves the discriminator alone
+    before = {k: v.clone() for k, v in loss.adversary.net.named_parameters()}
+    loss.discriminator_step(x, [out["recon"].detach()], 5, 1.0)
+    assert all(not torch.equal(before[k], v) for k, v in loss.adversary.net.named_parameters())
+    assert not touched(model) and not any(p.requires_grad for net in frozen for p in net.parameters())
+    stage2 = model.requires_grad_(False)
+    stage2.decoder.requires_grad_(True)
+    out = stage2(x, mask, frozen=True)
+    (out["recon"] * loss(out["recon"], out["hidden"], x, 5, slice(None))[0]).sum().backward()
+    assert touched(stage2) == {name for name in everything(stage2) if name.startswith("decoder.")}
+
+
+def test_the_image_gradient_is_that_of_the_sum(made_weights):
+    """Meeting in the image is an arrangement of Eq. 6, not another loss; and the adaptive weight is the last layer's."""
+    cfg, run = full_config(made_weights, diffaug=False), cpu_run()
+    loss = tokenizer.make_image_loss(cfg, run)
+    loss.adversary.net.eval()                            # spectral norm and batch norm stand still
+    model, x = tokenizer.Tokenizer(cfg), torch.rand(4, 3, 32, 32) * 2 - 1
+    out, last = model(x, torch.zeros(4, 16, dtype=torch.bool)), model.decoder.head.weight
+    gradient, terms = loss(out["recon"], out["hidden"], x, 5, slice(None))
+    nll = torch.nn.functional.mse_loss(out["recon"], x) + loss.lpips(out["recon"], x).mean()
+    adv = loss.adversary.generator_loss(out["recon"], 5, slice(None))
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (nll, adv)]
+    close(terms["adaptive"], norms[0] / (norms[1] + 1e-4))
+    (whole,) = torch.autograd.grad(nll + 0.4 * terms["adaptive"] * adv, last)
+    assert terms["adaptive"] > 0 and whole.abs().max() > 0
+    (ours,) = torch.autograd.grad((model(x, torch.zeros(4, 16, dtype=torch.bool))["recon"] * gradient).sum(), last)
+    close(ours, whole)
+
+
+def test_patch_discriminator_has_the_known_size():
+    net = tokenizer.PatchDiscriminator()
+    convs = ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2))     # a bias, or weight and bias of a norm
+    assert sum(p.numel() for p in net.parameters()) == sum(16 * i * o + b * o for i, o, b in convs) + 16 * 512 + 1
+    assert net(torch.zeros(1, 3, 256, 256))[0].shape == (1, 900) and net(torch.zeros(2, 3, 32, 32))[0].shape == (2, 4)
+
+
+def test_augmentation_draws_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    draws = [tokenizer.draw_augmentation(rng, 64, 32, 0.2, 0.5) for _ in range(200)]
+    for name, low, high in (("color", 0, 1), ("shift", -4, 4), ("cutout", 0, 32)):
+        found = [d[name] for d in draws if name in d]
+        assert 70 < len(found) < 130 and found[0].shape == (3 if name == "color" else 2, 64)
+        values = torch.stack(found)
+        if name == "color":
+            assert 0 <= values.min() < 0.01 and 0.99 < values.max() < 1
+        else:
+            assert (values.min(), values.max()) == (low, high)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(tokenizer.augment(x, {}, 0.2), x)
+    assert len(tokenizer.draw_augmentation(rng, 2, 32, 0.5, 1)) == 3
+
+
+@pytest.mark.parametrize("args", [["--latents", "0"], ["--latents", "0", "--decoder", "modulated"], ["--kl", "1e-4"],
+                                  ["--aux-depth", "0"], ["--positions", "table", "--dec-class-token"],
+                                  ["--adversary", "patchgan", "--adv-norm", "groups", "--size", "32", "--patch", "8"]],
+                         ids=" ".join)
+def test_the_baselines_train(cache, tmp_path, args):
+    """Two steps of each stage in this process; the counted FLOPs are those of the formula."""
+    cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [*TINY, "--steps", "2", "--stage2-steps", "2", *args,
+                                                                    "--out", str(tmp_path / "out")])
+    run = data.start(cfg)
+    targets, loss = tokenizer.make_targets(cfg, run), tokenizer.make_image_loss(cfg, run)
+    images = data.load_images("shapes", cfg.size, "train")
+    run.claim(cfg.out)
+    stage1 = tokenizer.train_stage1(cfg, run, images, targets, loss, None)
+    stage2 = tokenizer.train_stage2(cfg, run, images, stage1, loss, None)
+    lines = log_of(tmp_path / "out")
+    assert len(lines) == 4 and (not cfg.kl or lines[0]["kl"] > 0)
+    x = data.to_float(images[np.arange(2)])
+    z = stage2.encode(x)
+    assert z.shape == (2, *cfg.tokens()[1:], cfg.channels) and torch.equal(z, stage1.encode(x))
+    assert stage2.decode(z).shape == x.shape
+    loaded, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", torch.device("cpu"))
+    assert torch.equal(loaded.encode(x), z)
+
+
+def test_flops_are_those_that_a_counter_counts():
+    counter = torch.utils.flop_counter.FlopCounterMode
+    for more in ({}, {"latents": 0, "kl": 1.0}, {"decoder": "modulated", "dec_class_token": True, "aux_depth": 0},
+                 {"dec_width": 64, "dec_depth": 2, "dec_heads": 2}):
+        cfg = tokenizer.Config(**more)
+        widths = {"hog": 108, "dinov2": 384}
+        model, x = tokenizer.Tokenizer(cfg, widths), torch.zeros(1, 3, 32, 32)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):       # which the counter can see
+            with counter(display=False) as count:
+                model(x)
+            with counter(display=False) as alone:
+                model.decode(model.encode(x))
+        own, aux = tokenizer.forward_flops(cfg, widths)
+        assert count.get_total_flops() == own + aux and alone.get_total_flops() == own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -686,6 +959,78 @@ def test_cifar10_is_downloaded_checked_and_read(server, tmp_path, monkeypatch):
     assert len(data.load_images("cifar10", 32, "val")) == 10
 
 
+def test_pretrained_weights_are_found_fetched_checked_or_asked_for(server, tmp_path, monkeypatch):
+    served, url, broken = server
+    weights, folder = {"a": torch.arange(5000.0)}, tmp_path / "w"
+    torch.save(weights, served / "net.pth")
+    known = {"with hash": (url + "net.pth", sha256(served / "net.pth")[:8]), "without": (url + "net.pth", ""),
+             "wrong": (url + "net.pth", "0" * 8), "gone": ("http://127.0.0.1:9/gone.pth", "")}
+    monkeypatch.setattr(data, "WEIGHTS", known)
+    for name, message in (("wrong", "invalid hash"), ("gone", "refused")):
+        with pytest.raises(SystemExit) as error:
+            data.pretrained(name, str(folder), "--lpips 0")
+        said = str(error.value)
+        assert message in said and known[name][0] in said and str(folder / f"{name}.pth") in said
+        assert "--weights" in said and said.endswith("do without: --lpips 0") and len(said.splitlines()) == 1
+    broken.add("net.pth")
+    with pytest.raises(SystemExit, match="of .* bytes came"):
+        data.pretrained("without", str(folder), "")      # no hash is known, but half a file is not taken
+    assert not [p for p in folder.iterdir() if p.suffix != ".lock"]
+    for name in ("without", "with hash"):
+        assert torch.equal(data.pretrained(name, str(folder), "")["a"], weights["a"])
+    (served / "net.pth").unlink()
+    assert torch.equal(data.pretrained("without", str(folder), "")["a"], weights["a"])     # not fetched again
+    (folder / "gone.pth").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="gone.pth is not a whole file of weights"):
+        data.pretrained("gone", str(folder), "")
+    write_safetensors(folder / "wrong.safetensors", weights)
+    assert torch.equal(data.pretrained("wrong", str(folder), "")["a"], weights["a"])
+    blocker = tmp_path / "file"
+    blocker.touch()
+    with pytest.raises(SystemExit, match="--weights .*file"):
+        data.pretrained("without", str(blocker / "below"), "")
+
+
+def test_safetensors_are_read_and_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+
+    def write(header, body=b"", length=None):
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + body)
+
+    def entry(dtype, shape, start, stop):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+    body = np.arange(24, dtype=np.uint8).tobytes()
+    kinds = [("F32", np.float32), ("F64", np.float64), ("I64", np.int64), ("U8", np.uint8), ("F16", np.float16)]
+    for pad in range(4):                                 # tensors at odd addresses, too
+        for dtype, kind in kinds:
+            write(json.dumps({"__metadata__": {}, "a": entry(dtype, [24 // kind().itemsize], 0, 24)}).encode()
+                  + b" " * pad, body)
+            assert np.array_equal(data.read_safetensors(path)["a"].numpy(), np.frombuffer(body, kind), equal_nan=True)
+    write({"a": entry("BF16", [2, 3], 4, 16), "s": entry("F32", [], 0, 4), "e": entry("F32", [0, 7], 4, 4)}, body)
+    found = data.read_safetensors(path)
+    assert found["a"].dtype == torch.bfloat16 and found["a"].shape == (2, 3)
+    assert found["s"].shape == () and found["e"].shape == (0, 7)
+    whole = {"a": entry("F32", [3], 0, 12), "b": entry("F32", [3], 12, 24)}
+    for name, (header, length) in {
+            "overlap": ({**whole, "b": entry("F32", [3], 8, 20)}, None),
+            "outside": ({**whole, "b": entry("F32", [4], 12, 28)}, None),
+            "size": ({"a": entry("F32", [4], 0, 12)}, None), "negative": ({"a": entry("F32", [-1], 12, 8)}, None),
+            "two negatives": ({"a": entry("F32", [-1, -3], 0, 12)}, None), "float": ({"a": entry("F32", [3.0], 0, 12)}, None),
+            "dtype": ({"a": entry("F33", [3], 0, 12)}, None), "bool": ({"a": entry("U8", [True], 0, 1)}, None),
+            "huge header": (whole, 2**62), "long header": (whole, 10**6), "no json": (b"{", None), "list": ([1], None),
+            "no entry": ({"a": 3}, None), "twice": (json.dumps(whole).replace('"b"', '"a"').encode(), None),
+            "overflow": ({"a": entry("F32", [2**62, 4], 0, 12)}, None), "utf8": (b"\xff\xfe", None)}.items():
+        write(header, body, length)
+        with pytest.raises(SystemExit, match="is not a whole safetensors file") as error:
+            data.read_safetensors(path)
+        assert len(str(error.value).splitlines()) == 1, name
+    path.write_bytes(b"abc")
+    with pytest.raises(SystemExit, match="is not a whole safetensors file"):
+        data.read_safetensors(path)
+
+
 def test_archive_members_outside_the_target_are_refused(tmp_path):
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         add_to_tar(tar, "../../outside.txt", b"x")
@@ -885,6 +1230,16 @@ MISTAKES = [
     ("tokenizer", ["--size", "33"], "--size 33 must be a multiple"),
     ("tokenizer", ["--width", "50"], "width 50 must be a multiple"),
     ("tokenizer", ["--targets", "hogg"], "--targets hogg"),
+    ("tokenizer", ["--targets", "hog,hog"], "--targets hog,hog"),
+    ("tokenizer", ["--targets", "hog,none"], "--targets hog,none"),
+    ("tokenizer", ["--adversary", "patchgan", "--size", "16"], "--adversary patchgan needs images of 32"),
+    ("tokenizer", ["--adversary", "dino", "--weights", "offline"], "dino_deitsmall16_pretrain.pth from http://127"),
+    ("tokenizer", ["--lpips", "1", "--weights", "offline"], "or do without: --lpips 0"),
+    ("tokenizer", ["--targets", "siglip", "--weights", "offline"], "or do without: --targets hog"),
+    ("tokenizer", ["--from-official", "nowhere"], "there is no nowhere"),
+    ("tokenizer", ["--from-official", "empty"], "there is no empty/model.safetensors"),
+    ("tokenizer", ["--from-official", "damaged/ckpt.pt"], "is not a whole file of weights"),
+    ("tokenizer", ["--from-official", "other/ckpt.pt"], "not a released tokenizer: 'encoder.patch_embed.weight'"),
     ("tokenizer", ["--mask-min", "0.9"], "--mask-min"),
     ("tokenizer", ["--batch-size", "0"], "--batch-size"),
     ("tokenizer", ["--data", "nowhere"], "/nowhere: no such folder"),
@@ -931,13 +1286,15 @@ def test_a_mistake_is_one_clear_line(mistakes_folder, chain, monkeypatch, capsys
     """In this process, with main() called as the script calls it: a subprocess for each would take minutes."""
     before = sorted(p for p in mistakes_folder.rglob("*") if p.is_file())
     monkeypatch.chdir(mistakes_folder)
+    monkeypatch.setattr(data, "WEIGHTS", {k: ("http://127.0.0.1:9/" + url.rpartition("/")[2], sha256)
+                                          for k, (url, sha256) in data.WEIGHTS.items()})
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *(a.replace("CHAIN", str(chain[0])) for a in args)])
     with pytest.raises(SystemExit) as error:
         sys.modules[name].main()
     said = capsys.readouterr().err if error.value.code == 2 else error.value.code
     assert message in said and len(said.strip().splitlines()) == 1 and said.startswith(f"{name}.py: ")
-    after = sorted(p for p in mistakes_folder.rglob("*") if p.is_file() and p.name != ".lock")
-    assert [p for p in before if p.name != ".lock"] == after
+    after = sorted(p for p in mistakes_folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
+    assert [p for p in before if not p.name.endswith(".lock")] == after
 
 
 def test_other_settings_do_not_continue_a_run(chain, tmp_path):

@@ -630,8 +630,8 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
                 out = parallel(x[part], mask[part], noise[part] if cfg.kl else None)
             losses = {"kl": cfg.kl * out["kl"]} if cfg.kl else {}
             for name, target in targets.items():
-                hidden = mask[part] if cfg.mask_max else None
-                losses[name] = cfg.aux_weight * target.loss(out[name], target.features(x[part]), hidden)
+                where = mask[part] if cfg.mask_max else None
+                losses[name] = cfg.aux_weight * target.loss(out[name], target.features(x[part]), where)
             gradient, image_terms = image_loss(out["recon"], out["hidden"], x[part], step, part)
             share = len(x[part]) / len(x)
             (((out["recon"] * gradient).sum() + sum(losses.values())) * share).backward()
