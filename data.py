@@ -466,6 +466,18 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     return dict(state)
 
 
+def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Give a network made on the meta device its weights; one that is missing, unknown or of another shape is named."""
+    own = net.state_dict()
+    for name, value in own.items():
+        if name not in weights or weights[name].shape != value.shape:
+            found = f"is {list(weights[name].shape)}, not {list(value.shape)}" if name in weights else "is missing"
+            fail(f"not {what}: {name} {found}")
+    if weights.keys() - own.keys():
+        fail(f"not {what}: {min(weights.keys() - own.keys())} is unknown")
+    net.load_state_dict(weights, assign=True)
+
+
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                "BOOL": torch.bool}
@@ -933,7 +945,8 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
-        "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights"}    # may differ on resuming
+        "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights",
+        "keep_every"}                                    # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:

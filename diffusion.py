@@ -7,12 +7,14 @@ A latent x is one row of L tokens with H channels, normalised; eps is Gaussian n
 linear path eps - x. Sampling follows v from t = 1 to t = 0.
 """
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +36,12 @@ from data import (
     learning_rate,
     load_checkpoint,
     load_images,
+    load_strictly,
     make_optimizers,
     micro_batches,
     optimizer_step,
     parse_config,
+    read_weights,
     resume,
     save_checkpoint,
     save_grid,
@@ -59,7 +63,10 @@ class Config(Common):
     width: int = setting(192, "width D", least=1)
     depth: int = setting(6, "layers", least=1)
     heads: int = setting(3, "attention heads", least=1)
-    qk_norm: bool = setting(False, "normalise queries and keys")
+    style: str = setting("sit", "sit, or lightning: RMSNorm, SwiGLU, QK norm and 1D RoPE as in LightningDiT",
+                         ("sit", "lightning"))
+    qk_norm: bool = setting(False, "normalise queries and keys of the style sit")
+    cosine_loss: float = setting(0.0, "weight of 1 - cosine of predicted and true velocity (LightningDiT)")
     path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
     time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
     label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
@@ -85,22 +92,26 @@ class Config(Common):
     log_every: int = setting(200, "steps between lines of the log", least=1)
     save_every: int = setting(500, "steps between checkpoints", least=1)
     preview_every: int = setting(400, "steps between previews in samples.png", least=1)
+    keep_every: int = setting(0, "steps between averaged models kept as step-N.pt, for autoguidance; 0: none")
 
     def check(self):
-        if self.width % self.heads or self.width % 2:
-            raise ValueError(f"--width {self.width} must be even and a multiple of --heads {self.heads}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"--width {self.width} must be a multiple of twice the --heads {self.heads}")
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("0 <= --guidance-low <= --guidance-high <= 1 is needed")
 
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-PRESETS = {"quick": {}} | {
-    f"sit-{name.lower()}": {                             # the paper's Tables 8 and 9
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+PRESETS = {"quick": {}}                                  # the others: the paper's Tables 8 and 9
+for name, (width, depth, heads) in SIZES.items():
+    PRESETS[f"sit-{name}"] = {
         "width": width, "depth": depth, "heads": heads, "steps": 4_000_000, "batch_size": 256, "optimizer": "adamw",
         "lr": 1e-4, "beta2": 0.999, "weight_decay": 0.0, "schedule": "constant", "warmup": 0, "ema": 0.9999,
         "sampler": "sde", "sampling_steps": 250, "guidance": 1.9, "guidance_high": 0.75, "samples": 50_000,
         "save_every": 10_000, "preview_every": 10_000}
-    for name, (width, depth, heads) in SIZES.items()}
+    PRESETS[f"lightning-{name}"] = PRESETS[f"sit-{name}"] | {
+        "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024, "lr": 2e-4, "beta2": 0.95,
+        "sampler": "euler", "guidance": 1.8}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
@@ -123,27 +134,47 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+class SwiGlu(nn.Module):
+    """The gated MLP of LightningDiT; two thirds of the width make it as large as the plain one."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = 8 * width // 3
+        self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, -1)
+        return self.w3(F.silu(gate) * value)
+
+
+def make_norm(style: str) -> Callable:
+    if style == "lightning":
+        return functools.partial(nn.RMSNorm, eps=1e-6)
+    return functools.partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+
+
 class SiTBlock(nn.Module):
     """A transformer layer whose norms are shifted, scaled and gated by the condition c (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool):
+    def __init__(self, width: int, heads: int, qk_norm: bool, style: str):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(width, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(width, "tanh")
+        norm = make_norm(style)
+        qk = norm if style == "lightning" else nn.LayerNorm if qk_norm else nn.Identity
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.attn = Attention(width, heads, qk)
+        self.mlp = SwiGlu(width) if style == "lightning" else Mlp(width, "tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c):
+    def forward(self, x, c, rope=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, 1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, channels: int):
+    def __init__(self, width: int, channels: int, style: str):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm = make_norm(style)(width)
         self.linear = nn.Linear(width, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -173,17 +204,25 @@ class LabelEmbedder(nn.Module):
 class SiT(nn.Module):
     """Velocity of latents x (B x L x H) at times t (B, in [0, 1]) for classes y (B, in 0..K; K is the null class).
 
-    Parameters bear the names of the released checkpoints.
+    Parameters bear the names of the released checkpoints. The style lightning turns queries and keys by the token's
+    number (RoPE) in place of the table of positions.
     """
 
-    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm=False):
+    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm=False,
+                 style: str = "sit"):
         super().__init__()
-        self.shape, self.null = (length, channels), classes
-        self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)
+        self.shape, self.null, self.rope = (length, channels), classes, style == "lightning"
+        if self.rope:
+            d = width // heads
+            angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, d, 2) / d)        # L x d/2
+            self.register_buffer("cos", angles.cos(), persistent=False)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+        else:
+            self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)
         self.x_embedder = nn.Linear(channels, width)
         self.t_embedder, self.y_embedder = TimeEmbedder(width), LabelEmbedder(classes, width)
-        self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(width, channels)
+        self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm, style) for _ in range(depth))
+        self.final_layer = FinalLayer(width, channels, style)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -196,10 +235,33 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y):
         c = self.t_embedder(t) + self.y_embedder(y)                                   # B x D
-        x = self.x_embedder(x) + self.pos_embed                                       # B x L x D
+        x = self.x_embedder(x) + (0 if self.rope else self.pos_embed)                 # B x L x D
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, (self.cos, self.sin) if self.rope else None)
         return self.final_layer(x, c).float()                                         # B x L x H
+
+
+def forward_flops(length: int, channels: int, width: int, depth: int, style: str = "sit") -> int:
+    """FLOPs of one network call for one image (2 per multiply-add of a matrix product)."""
+    mlp = 6 * width * (8 * width // 3) if style == "lightning" else 16 * width**2
+    layer = length * (8 * width**2 + mlp) + 4 * length**2 * width + 12 * width**2
+    return depth * layer + 4 * length * channels * width + 2 * (256 * width + width**2) + 4 * width**2
+
+
+def from_official(weights: dict[str, torch.Tensor], heads: int = 0) -> SiT:
+    """The state dict of a released 1-D SiT; nothing is folded away. Heads default to those of the released sizes."""
+    try:
+        (rows, width), (_, channels) = (weights[k].shape for k in ("y_embedder.embedding_table.weight",
+                                                                   "x_embedder.weight"))
+        length = weights["pos_embed"].shape[1]
+    except KeyError as error:
+        fail(f"not a released SiT: {error} is missing")
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    heads = heads or {w: h for w, _, h in SIZES.values()}.get(width, width // 64)
+    with torch.device("meta"):
+        model = SiT(length, channels, rows - 1, width, depth, heads, "blocks.0.attn.q_norm.weight" in weights)
+    load_strictly(model, {k: v.float() for k, v in weights.items()}, "a released SiT")
+    return model.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,20 +289,25 @@ def lognormal_times(normal: torch.Tensor, path: str) -> torch.Tensor:
     return level / (1 + level) if path == "linear" else 2 / math.pi * torch.atan(level)
 
 
-def velocity_loss(model, x, noise, t, y, path: str) -> torch.Tensor:
-    """Squared error of the velocity at x_t = alpha x + sigma noise, mean over tokens and channels; one per sample."""
+def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> torch.Tensor:
+    """Squared error of the velocity at x_t = alpha x + sigma noise, mean over tokens and channels; one per sample.
+
+    `cosine` weighs LightningDiT's second term, 1 - cosine similarity over the channels, mean over the tokens.
+    """
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in interpolant(t, path))
-    velocity = model(alpha * x + sigma * noise, t, y)
-    return (velocity - (d_alpha * x + d_sigma * noise)).square().mean((1, 2))
+    velocity, target = model(alpha * x + sigma * noise, t, y), d_alpha * x + d_sigma * noise
+    loss = (velocity - target).square().mean((1, 2))
+    return loss + cosine * (1 - F.cosine_similarity(velocity, target, dim=-1)).mean(1) if cosine else loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling. The state is float64, so that hundreds of small steps add up without rounding; the network is not.
 
 
-def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0):
+def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0, guide=None):
     """velocity(x, t, gate=t) with classifier-free guidance where low <= gate <= high: v_null + scale (v_class - v_null)
 
+    With `guide`, autoguidance: a worse model, earlier or smaller, given the class, stands in for the null branch.
     Outside the interval, and for scale <= 1, only the class branch is computed. The gate is the time at the start of
     the step also for Heun's second evaluation, as in the official sampler.
     """
@@ -250,6 +317,9 @@ def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0
         x, times = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
         if scale <= 1 or not low <= (t if gate is None else gate) <= high:
             return model(x, times, y).double()
+        if guide is not None:
+            without = guide(x, times, y).double()
+            return without + scale * (model(x, times, y).double() - without)
         v = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).double()
         with_class, without = v.chunk(2)
         return without + scale * (with_class - without)
@@ -310,13 +380,17 @@ class Sampling:
     high: float = 1.0
     seed: int = 0
 
+    def calls(self) -> int:
+        """Network calls for one image, a guided one counted once."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+
 
 @torch.no_grad()
-def generate(model: SiT, decode, index, y: torch.Tensor, how: Sampling, path: str, run: Run) -> torch.Tensor:
+def generate(model: SiT, decode, index, y, how: Sampling, path: str, run: Run, guide=None) -> torch.Tensor:
     """uint8 images number `index` of classes y, through `decode` (normalised latents -> images in [-1, 1])."""
     draw = ImageNoise(index, how.seed, model.shape, run.device)
     with run.autocast():
-        velocity = guided_velocity(model, y.to(run.device), how.guidance, how.low, how.high)
+        velocity = guided_velocity(model, y.to(run.device), how.guidance, how.low, how.high, guide)
         if how.sampler == "sde":
             x = sample_sde(velocity, draw(), how.steps, path, draw)
         else:
@@ -328,10 +402,10 @@ def generate(model: SiT, decode, index, y: torch.Tensor, how: Sampling, path: st
 # Latents of the whole data set, encoded once
 
 
-def fingerprint(model: nn.Module, parts=("encoder.", "to_latent.")) -> str:
+def fingerprint(weights: dict[str, torch.Tensor], parts=("encoder.", "to_latent.")) -> str:
     """Hash of the weights whose names begin so: by default those of a tokenizer that decide the latents."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in sorted(weights.items()):
         if name.startswith(parts):
             digest.update(name.encode())
             digest.update(value.cpu().numpy().tobytes())
@@ -343,7 +417,7 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
     """Write latents.npy (n x 2 x L x H float16: the image and its mirror image), labels.npy and meta.json with the
     statistics; return meta. Shared out over the processes, continued where it was cut, refused if of other things.
     """
-    belongs = {"tokenizer": fingerprint(tokenizer), "data": images.fingerprint, "images": len(images)}
+    belongs = {"tokenizer": fingerprint(tokenizer.state_dict()), "data": images.fingerprint, "images": len(images)}
     meta = folder / "meta.json"
     started = folder / "belongs.json"
     if run.main:
@@ -404,8 +478,8 @@ class LatentBatches:
 # Training
 
 
-def build(cfg: Config, length: int, channels: int, classes: int) -> SiT:
-    return SiT(length, channels, classes, cfg.width, cfg.depth, cfg.heads, cfg.qk_norm)
+def build(cfg: Config, shape, classes: int) -> SiT:
+    return SiT(*shape, classes, cfg.width, cfg.depth, cfg.heads, cfg.qk_norm, cfg.style)
 
 
 def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict | None) -> SiT:
@@ -413,7 +487,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
     torch.manual_seed(cfg.seed)
     mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
     batches = LatentBatches(folder, mean, std, cfg, run)
-    model = build(cfg, *batches.latents.shape[2:], len(facts["classes"])).to(run.device)
+    model = build(cfg, facts["shape"], len(facts["classes"])).to(run.device)
     ema, optimizers, done = Ema(model, cfg.ema), make_optimizers(model, cfg), 0
     if state:
         done = restore(state, model, ema, optimizers)
@@ -430,7 +504,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
         losses = []
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
             with run.autocast():
-                loss = velocity_loss(parallel, x[part], noise[part], t[part], y[part], cfg.path)
+                loss = velocity_loss(parallel, x[part], noise[part], t[part], y[part], cfg.path, cfg.cosine_loss)
             (loss.sum() / len(x)).backward()
             losses.append(loss.detach())
         loss = torch.cat(losses)
@@ -442,10 +516,13 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
         terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
         ema.update(step)
         log(step + 1, **terms)
+        averaged = {"kind": "diffusion", "config": dataclasses.asdict(cfg), "step": step + 1, **facts}
+        if run.main and cfg.keep_every and (step + 1) % cfg.keep_every == 0:
+            save_checkpoint(Path(cfg.out) / f"step-{step + 1}.pt", averaged | {"ema": ema.model.state_dict()})
         if run.main and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
-            save_checkpoint(Path(cfg.out) / "ckpt.pt", {
-                "kind": "diffusion", "config": dataclasses.asdict(cfg), "step": step + 1, "model": model.state_dict(),
-                "ema": ema.model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **facts})
+            save_checkpoint(Path(cfg.out) / "ckpt.pt", averaged | {
+                "ema": ema.model.state_dict(), "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in optimizers]})
         if run.main and ((step + 1) % cfg.preview_every == 0 or step + 1 == cfg.steps):
             preview(ema.model)
     return ema.model
@@ -454,10 +531,33 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
 def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config, dict]:
     """The averaged model of a checkpoint, its config, and the facts stored with it (mean, std, classes, ...)."""
     state = load_checkpoint(path, "diffusion")
-    cfg, ema = Config(**state["config"]), state["ema"]
-    model = build(cfg, ema["pos_embed"].shape[1], ema["x_embedder.weight"].shape[1], len(state["classes"]))
-    model.load_state_dict(ema)
+    cfg = Config(**state["config"])
+    model = build(cfg, state["shape"], len(state["classes"]))
+    model.load_state_dict(state["ema"])
     return model.to(device).eval().requires_grad_(False), cfg, state
+
+
+def load_official(path: str, tokenizer: str, device: torch.device) -> tuple[SiT, Config, dict]:
+    """A released SiT (folder or file) and the facts that load_diffusion gives; the statistics of its latents are those
+    that tokenizer.py --from-official found beside the released tokenizer.
+    """
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        fail(f"--from-official {path}: there is no {file}")
+    state, about = load_checkpoint(tokenizer, "tokenizer"), file.with_name("config.json")
+    statistics = state.get("latent_statistics", {})
+    if statistics.keys() != {"mean", "std"}:
+        fail(f"{tokenizer} has no latent statistics: convert it with the config.json that was released beside it")
+    try:
+        heads = int(json.loads(about.read_text())["num_heads"]) if about.exists() else 0
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{about} is not the config of a released SiT ({type(error).__name__}: {error})")
+    model = from_official(read_weights(file), heads)
+    weights = {k: v for k, v in state["ema"].items() if k.startswith(("encoder.", "to_latent."))}
+    facts = {name: [statistics[name]] * model.shape[1] for name in ("mean", "std")} | {
+        "classes": [str(c) for c in range(model.null)], "shape": list(model.shape), "size": state["config"]["size"],
+        "data": "", "step": 0, "tokenizer_weights": fingerprint(weights)}
+    return model.to(device), Config(tokenizer=tokenizer), facts
 
 
 def latent_decoder(tokenizer: Tokenizer, mean: torch.Tensor, std: torch.Tensor):
@@ -477,15 +577,16 @@ def main():
         shutil.rmtree(out / "latents.old")
     meta = encode_data(tokenizer, images, out / "latents", run)
     facts = {"mean": meta["mean"], "std": meta["std"], "classes": images.classes, "data": tok.data, "size": tok.size,
-             "tokenizer_weights": meta["tokenizer"]}
+             "shape": [tok.tokens()[1], tok.channels], "tokenizer_weights": meta["tokenizer"]}
     state = resume(out / "ckpt.pt", "diffusion", cfg, {"tokenizer_weights": meta["tokenizer"]}, run)
     mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
     decode = latent_decoder(tokenizer, mean, std)
     classes = len(images.classes)
     guidance = cfg.guidance if classes > 1 else 1.0      # without classes there is nothing to guide to
     how = Sampling(cfg.sampler, cfg.sampling_steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    run.print(f"latents of {len(images)} images: {tok.latents} x {tok.channels}, "
-              f"std {min(meta['std']):.2f} to {max(meta['std']):.2f}")
+    flops = forward_flops(*facts["shape"], cfg.width, cfg.depth, cfg.style)
+    run.print(f"latents of {len(images)} images: {' x '.join(map(str, facts['shape']))}, std {min(meta['std']):.2f} to "
+              f"{max(meta['std']):.2f}; a network call: {flops / 1e9:.4g} GFLOP per image, in training three times that")
 
     def preview(model):
         per = max(1, min(8, 80 // classes))

@@ -30,6 +30,7 @@ from data import (
     fail,
     learning_rate,
     load_images,
+    load_strictly,
     locked,
     parse_config,
     pretrained,
@@ -148,10 +149,7 @@ class VisionTransformer(nn.Module):
                                            batch_first=True, norm_first=True)
                 for _ in {k.split(".")[1] for k in w if k.startswith("layers.")})
             self.norm = nn.LayerNorm(width, 1e-6)
-        try:
-            self.load_state_dict(w, assign=True)
-        except RuntimeError as error:
-            fail(f"not {kind} weights: {' '.join(str(error).split())[:300]}")
+        load_strictly(self, w, f"{kind} weights")
         self.register_buffer("pos_embed", pos)
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data import (
     Chunks,
@@ -27,14 +28,25 @@ from data import (
     start,
     write_json,
 )
-from diffusion import Sampling, fingerprint, generate, latent_decoder, load_diffusion
+from diffusion import (
+    Sampling,
+    fingerprint,
+    generate,
+    latent_decoder,
+    load_diffusion,
+    load_official,
+)
 from tokenizer import load_tokenizer
 
 
 @dataclass
 class Config(Common):
     model: str = setting("out/diffusion/ckpt.pt", "checkpoint of diffusion.py")
+    from_official: str = setting("", "a released SiT (folder or file) in place of --model; needs --tokenizer")
     tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
+    guide: str = setting("", "autoguidance: an earlier or smaller checkpoint of diffusion.py instead of the null class")
+    path: str = setting("", "interpolation of the SDE sampler; empty: as trained, for released models linear",
+                        ("linear", "cosine"))
     out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
     n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)",
                      alias=("--images",), least=1)
@@ -46,10 +58,17 @@ class Config(Common):
     guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
     guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
     batch_size: int = setting(250, "images a process makes at a time", least=1)
+    png: bool = setting(False, "write the images as png/000000.png ..., too")
 
     def check(self):
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("0 <= --guidance-low <= --guidance-high <= 1 is needed")
+        if self.from_official and not self.tokenizer:
+            raise ValueError("--from-official needs --tokenizer: what tokenizer.py --from-official wrote")
+
+
+PAPER = {"sampler": "sde", "steps": 250, "n": 50_000, "guidance": 1.9, "guidance_high": 0.75}        # Table 8
+PRESETS = {"quick": {}, "paper256": PAPER, "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7}}
 
 
 def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarray:
@@ -70,40 +89,54 @@ def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarra
 
 
 def main():
-    cfg, began = parse_config(Config, {}, __doc__), time.time()
+    cfg, began = parse_config(Config, PRESETS, __doc__), time.time()
     run = start(cfg)
-    model, trained, state = load_diffusion(cfg.model, run.device)
+    name, guide, path = cfg.from_official or cfg.model, None, cfg.path
+    if cfg.from_official:
+        model, trained, state = load_official(cfg.from_official, cfg.tokenizer, run.device)
+    else:
+        model, trained, state = load_diffusion(cfg.model, run.device)
+    path = cfg.path or trained.path
     tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
-    if fingerprint(tokenizer) != state["tokenizer_weights"]:
-        fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {cfg.model} was trained on")
-    if cfg.compile:
-        model.compile()
+    if fingerprint(tokenizer.state_dict()) != state["tokenizer_weights"]:
+        fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {name} was trained on")
+    if cfg.guide:
+        guide, _, other = load_diffusion(cfg.guide, run.device)
+        for fact in ("tokenizer_weights", "classes", "mean", "std"):
+            if other[fact] != state[fact]:
+                fail(f"--guide {cfg.guide} cannot guide {name}: it was trained with another {fact.replace('_', ' ')}")
+    for net in (model, guide) if cfg.compile else ():
+        net is None or net.compile()
     mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
     decode, classes = latent_decoder(tokenizer, mean, std), state["classes"]
     labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
-    guidance = 1.0 if len(classes) == 1 else cfg.guidance
+    guidance = cfg.guidance if len(classes) > 1 or guide else 1.0    # without classes there is nothing to guide to
     how = Sampling(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
     facts = dataclasses.asdict(how) | {
-        "n": cfg.n, "labels": cfg.labels, "path": trained.path, "data": state["data"], "size": state["size"],
-        "training_steps": state["step"], "weights": fingerprint(model, ""),
-        "tokenizer_weights": fingerprint(tokenizer, ""), "precision": run.precision,
+        "n": cfg.n, "labels": cfg.labels, "path": path, "data": state["data"], "size": state["size"],
+        "training_steps": state["step"], "weights": fingerprint(model.state_dict(), ""),
+        "guide": fingerprint(guide.state_dict(), "") if guide else "",
+        "tokenizer_weights": fingerprint(tokenizer.state_dict(), ""), "precision": run.precision,
         "batch_size": cfg.batch_size}
     out = run.claim(cfg.out)
     images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
-        model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, trained.path, run))
+        model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, path, run, guide))
     if run.main:
         part = out / "samples.part.npz"
         facts["commit"] = commit()
         np.savez(part, arr_0=images, labels=labels, classes=np.array(classes), facts=np.array(json.dumps(facts)))
         part.replace(out / "samples.npz")
+        if cfg.png:
+            (out / "png").mkdir(exist_ok=True)
+            for i, image in enumerate(images):
+                Image.fromarray(np.asarray(image)).save(out / f"png/{i:06d}.png")
         shown = min(cfg.n, 80)
         columns = min(10, len(classes) if len(classes) > 1 else 8)
         save_grid(out / "grid.png", torch.from_numpy(np.array(images[:shown])).permute(0, 3, 1, 2), columns,
                   names=[classes[c] for c in labels[:shown]] if len(classes) > 1 else [])
         (out / "parts/belongs.json").unlink()            # first what makes the parts count
         shutil.rmtree(out / "parts")
-        calls = {"euler": cfg.steps, "heun": 2 * cfg.steps - 1, "sde": cfg.steps}[cfg.sampler]
-        run.print(f"{cfg.n} images of {cfg.model} ({cfg.sampler}, {calls} network calls, guidance {guidance:g} on "
+        run.print(f"{cfg.n} images of {name} ({cfg.sampler}, {how.calls()} network calls, guidance {guidance:g} on "
                   f"[{cfg.guidance_low:g}, {cfg.guidance_high:g}], {cfg.labels} labels, {run.precision})")
         run.print(f"wrote {out}/samples.npz, grid.png in {time.time() - began:.0f} s")
     run.barrier()

@@ -94,7 +94,8 @@ def test_official_weights_with_a_wrong_key_are_refused():
 @torch.no_grad()
 def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys):
     """The exact key list with random values: --from-official, then an image there and back; the statistics travel."""
-    rows = [line.split("\t") for line in (GOLDENS / f"maetok/keys/{name}.tsv").read_text().splitlines() if line[0] != "#"]
+    text = (GOLDENS / f"maetok/keys/{name}.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in text[1:]]
     torch.manual_seed(0)
     weights = {key: 0.03 * torch.randn([int(n) for n in shape.split("x")]) for key, shape, *_ in rows}
     (tmp_path / "official").mkdir()
@@ -122,18 +123,18 @@ def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys)
 
 
 def test_a_bare_state_dict_and_a_training_checkpoint_load(tmp_path, monkeypatch):
-    _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
+    _, weights, _ = golden("maetok/tokenizer_tiny_b_movq")
     torch.save({"model": {"a": torch.zeros(1)}, "ema": weights, "steps": 3, "args": {"lr": 1}}, tmp_path / "train.pt")
     assert data.read_weights(tmp_path / "train.pt").keys() == weights.keys()
     torch.save(weights, tmp_path / "bare.pt")
     assert data.read_weights(tmp_path / "bare.pt").keys() == weights.keys()
-    for path, message in (("train.pt", "encoder"), ("none", "there is no none")):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", path, "--out", "out"])
-        if path == "none":
-            with pytest.raises(SystemExit, match=message):
-                tokenizer.main()
-            assert not (tmp_path / "out").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", "train.pt", "--out", "out"])
+    tokenizer.main()
+    again, cfg = tokenizer.load_tokenizer("out/ckpt.pt", torch.device("cpu"))
+    assert (cfg.size, cfg.decoder) == (64, "modulated") and again.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 12, 6)
+    with pytest.raises(SystemExit, match="is there already"):
+        tokenizer.main()
 
 
 @pytest.mark.parametrize("name", names("maetok", "rope_*"))
@@ -164,7 +165,8 @@ def test_hog_agrees_with_maskfeat(name):
     for key in (k for k in t if k.startswith("target_")):
         _, tag, window = key.split("_")
         cell, patch = sizes[tag.removesuffix("dyadic")]
-        torch.testing.assert_close(tokenizer.hog(t[f"x_{tag}"], patch, cell, int(window[2:])), t[key], atol=1e-5, rtol=0)
+        ours = tokenizer.hog(t[f"x_{tag}"], patch, cell, int(window[2:]))
+        torch.testing.assert_close(ours, t[key], atol=1e-5, rtol=0)
         seen += 1
     assert seen >= 2
 
@@ -227,7 +229,7 @@ def test_the_image_loss_agrees_with_official(name):
     loss = tokenizer.ImageLoss(cfg, cpu_run(), lambda a, b: (a - b).abs().mean((1, 2, 3)), adversary)
     real, recon = t["vq_real"], t["vq_recon"]
     image = tokenizer.unpatchify(t["vq_feat"] @ t["vq_last_layer"].T, 4).requires_grad_()
-    large = image.repeat_interleave(2, 2).repeat_interleave(2, 3)    # in the golden the last layer's image, twice as large
+    large = image.repeat_interleave(2, 2).repeat_interleave(2, 3)    # the golden enlarges its image
     close(large.detach(), recon)
     for i, step in enumerate(t["vq_steps"].tolist()):
         warm = min(1, step / 10)
@@ -273,7 +275,7 @@ def test_dino_discriminator_agrees_with_official(name):
 
 
 def filled(shapes: dict, seed: int) -> dict[str, torch.Tensor]:
-    """Weights that follow from (seed, name, shape): how the goldens of `metrics` were made (SPEC_METRICS, section 0)."""
+    """Weights that follow from (seed, name, shape): how the goldens of `metrics` were made."""
     tokens = "pos_embed", "cls_token", "dist_token", "register_tokens", "mask_token", "position_embedding", "probe"
     made = {}
     for key, shape in shapes.items():
@@ -385,10 +387,10 @@ def test_lpips_agrees_with_official(name):
 
 
 def build_sit(weights, args) -> diffusion.SiT:
-    keys = ("input_size", "in_channels", "num_classes", "hidden_size", "depth", "num_heads", "qk_norm")
-    model = diffusion.SiT(*(args[key] for key in keys))
-    model.load_state_dict(weights)
-    return model.eval()
+    keys = ("input_size", "in_channels", "num_classes")
+    model = diffusion.from_official(weights, args["num_heads"])
+    assert (*model.shape, model.null) == tuple(args[key] for key in keys)
+    return model
 
 
 @pytest.mark.parametrize("name", names("maetok", "sit_tiny_*"))
@@ -400,6 +402,51 @@ def test_sit_agrees_with_official(name):
     close(model(t["x"], t["t"], t["y"]), t["velocity"])
     if case["keep_pos_embed"]:
         close(diffusion.token_positions(*model.pos_embed.shape[1:]), weights["pos_embed"])
+
+
+@torch.no_grad()
+def test_a_released_sit_at_full_size():
+    """The exact key list: strict, every number accounted for, and it runs (values repeated, so that it fits)."""
+    text = (GOLDENS / "maetok/keys/sit_xl_1d_128x32.tsv").read_text().splitlines()
+    shapes = {key: [int(n) for n in shape.split("x")] for key, shape, *_ in (line.split("\t") for line in text[1:])}
+    weights = {key: torch.full([1] * len(shape), 0.01).expand(shape) for key, shape in shapes.items()}
+    model = diffusion.from_official(weights)
+    assert sum(math.prod(v.shape) for v in model.state_dict().values()) == 675_000_608
+    assert (model.shape, model.null, len(model.blocks), model.blocks[0].attn.heads) == ((128, 32), 1000, 28, 16)
+    assert model(torch.randn(1, 128, 32), torch.tensor([0.5]), torch.tensor([1000])).shape == (1, 128, 32)
+    own = diffusion.SIZES["xl"]
+    ratio = diffusion.forward_flops(1024, 32, *own[:2]) / diffusion.forward_flops(128, 32, *own[:2])
+    assert ratio == pytest.approx(8.9, abs=0.1)
+    with pytest.raises(SystemExit, match="a released SiT: blocks.3.mlp.fc1.bias is missing"):
+        diffusion.from_official({k: v for k, v in weights.items() if k != "blocks.3.mlp.fc1.bias"})
+
+
+def test_a_released_pair_samples(tmp_path):
+    """sample.py --from-official with a converted tokenizer whose config gave the latent statistics."""
+    _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
+    model, cfg = tokenizer.from_official(weights, case["enc"]["num_heads"], case["dec"]["num_heads"])
+    state = {"kind": "tokenizer", "config": data.dataclasses.asdict(cfg), "stage": 2, "ema": model.state_dict()}
+    data.save_checkpoint(tmp_path / "bare.pt", state)
+    data.save_checkpoint(tmp_path / "tok.pt", state | {"latent_statistics": {"mean": 0.5, "std": 2.0}})
+    _, weights, case = golden("maetok/sit_tiny_b")
+    (tmp_path / "sit").mkdir()
+    write_safetensors(tmp_path / "sit/model.safetensors", weights)
+    (tmp_path / "sit/config.json").write_text(json.dumps({"num_heads": case["args"]["num_heads"]}))
+    args = ["--from-official", "sit", "--n", "9", "--precision", "fp32", "--sampler", "euler", "--steps", "3", "--png"]
+    script("sample", *args, "--tokenizer", "tok.pt", cwd=tmp_path)
+    with np.load(tmp_path / "out/samples/samples.npz") as z:
+        images, labels = z["arr_0"], z["labels"]
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and images.shape == (9, cfg.size, cfg.size, 3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/samples/png/000008.png")), images[8])
+    sit, y = build_sit(weights, case["args"]), torch.from_numpy(labels)
+    noise = diffusion.ImageNoise(range(9), 0, sit.shape, torch.device("cpu"))()
+    with torch.no_grad():
+        x = diffusion.sample_ode(diffusion.guided_velocity(sit, y, 1.5, 0.0, 0.75), noise, 3)
+        again = data.to_uint8(model.decode(x.float() * 2 + 0.5))
+    assert np.abs(again.permute(0, 2, 3, 1).numpy().astype(int) - images).max() <= 1
+    for extra, message in ((["--tokenizer", "bare.pt"], "has no latent statistics"), ([], "needs --tokenizer")):
+        done = script("sample", *args, *extra, cwd=tmp_path, check=False)
+        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", names("maetok", "loss_*"))
@@ -456,7 +503,8 @@ def test_frechet_distance_agrees_with_exact(name):
 def vit_keys(width: int, depth: int, patch: int, positions: int, scale: bool) -> dict[str, tuple]:
     """Names and shapes of a DINO or DINOv2 (`scale`: with LayerScale) file of another size."""
     keys = {"cls_token": (1, 1, width), "pos_embed": (1, positions, width), "norm.weight": (width,),
-            "norm.bias": (width,), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+            "norm.bias": (width,), "patch_embed.proj.bias": (width,),
+            "patch_embed.proj.weight": (width, 3, patch, patch)}
     for i in range(depth):
         sizes = {"norm1.weight": (), "norm1.bias": (), "norm2.weight": (), "norm2.bias": (), "attn.qkv.weight": 3,
                  "attn.qkv.bias": 3, "attn.proj.weight": 1, "attn.proj.bias": 1, "mlp.fc1.weight": 4, "mlp.fc1.bias": 4}
@@ -495,8 +543,9 @@ def made_weights(tmp_path_factory):
 
 
 FULL = ["--size", "32", "--patch", "8", "--width", "24", "--heads", "2", "--depth", "1", "--aux-width", "16",
-        "--aux-depth", "1", "--latents", "4", "--channels", "4", "--batch-size", "4", "--warmup", "2", "--log-every", "1",
-        "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1", "--lpips-warmup", "4",
+        "--aux-depth", "1", "--latents", "4", "--channels", "4", "--batch-size", "4", "--warmup", "2",
+        "--log-every", "1", "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1",
+        "--lpips-warmup", "4",
         "--adversary", "dino", "--adv-start", "3", "--precision", "fp32", "--optimizer", "adamw", "--lr", "1e-4"]
 LOSSES = {"recon", "lpips", "pixel", "hog", "dinov2", "siglip", "grad"}
 AGAINST = {"adv", "adaptive", "hinge", "lecam", "consistency", "on_real", "on_fake", "grad_d"}
@@ -530,7 +579,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
     script("tokenizer", *args, "--steps", "6", "--out", "two", cwd=tmp_path, processes=2)
     for one, two in zip(whole, log_of(tmp_path / "two")):
         for name in one.keys() - {"stage"}:
-            tolerance = 5e-3 if name in ("adaptive", "grad") else 1e-4     # a quotient of small norms, and what it scales
+            tolerance = 5e-3 if name in ("adaptive", "grad") else 1e-4     # of small norms
             assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), (name, one, two)
     victim = script("tokenizer", *args, "--steps", "6", "--out", "cut", cwd=tmp_path, background=True)
     log = tmp_path / "cut/log.jsonl"
@@ -575,7 +624,7 @@ def test_gradients_reach_what_they_should(made_weights):
         return {name for name, _ in net.named_parameters()}
 
     out = model(x, mask)
-    gradient, terms = loss(out["recon"], out["hidden"], x, 5, slice(None))
+    gradient, _ = loss(out["recon"], out["hidden"], x, 5, slice(None))
     (out["recon"] * gradient).sum().backward(retain_graph=True)
     assert touched(model) == {name for name in everything(model) if not name.startswith("aux.")}
     for name, target in targets.items():
@@ -595,7 +644,7 @@ def test_gradients_reach_what_they_should(made_weights):
 
 
 def test_the_image_gradient_is_that_of_the_sum(made_weights):
-    """Meeting in the image is an arrangement of Eq. 6, not another loss; and the adaptive weight is the last layer's."""
+    """Meeting in the image is an arrangement of Eq. 6, not another loss; the adaptive weight is the last layer's."""
     cfg, run = full_config(made_weights, diffaug=False), cpu_run()
     loss = tokenizer.make_image_loss(cfg, run)
     loss.adversary.net.eval()                            # spectral norm and batch norm stand still
@@ -641,8 +690,8 @@ def test_augmentation_draws_are_those_of_the_definition():
                          ids=" ".join)
 def test_the_baselines_train(cache, tmp_path, args):
     """Two steps of each stage in this process; the counted FLOPs are those of the formula."""
-    cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [*TINY, "--steps", "2", "--stage2-steps", "2", *args,
-                                                                    "--out", str(tmp_path / "out")])
+    cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [
+        *TINY, "--steps", "2", "--stage2-steps", "2", *args, "--out", str(tmp_path / "out")])
     run = data.start(cfg)
     targets, loss = tokenizer.make_targets(cfg, run), tokenizer.make_image_loss(cfg, run)
     images = data.load_images("shapes", cfg.size, "train")
@@ -734,6 +783,79 @@ def test_gaussian_data_is_solved_with_the_right_order():
                              lambda: torch.randn(noise.shape, dtype=torch.float64, generator=g))
     assert x.mean().item() == pytest.approx(m, abs=0.03)
     assert x.std().item() == pytest.approx(s, abs=0.03)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_samplers_reach_the_mean_and_covariance_of_a_gaussian(path):
+    mean = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    covariance = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+
+    def velocity(x, t, gate=None):
+        alpha, sigma, d_alpha, d_sigma = (float(c) for c in diffusion.interpolant(t, path))
+        total = alpha**2 * covariance + sigma**2 * torch.eye(2, dtype=torch.float64)
+        offset = torch.linalg.solve(total, (x - alpha * mean).flatten(1).T).T.view(x.shape)
+        return d_alpha * (mean + alpha * offset @ covariance) + d_sigma * sigma * offset
+
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 1, 2, dtype=torch.float64, generator=g)
+    for x in (diffusion.sample_ode(velocity, noise, 50, heun=True),
+              diffusion.sample_sde(velocity, noise, 300, path, lambda: torch.randn(noise.shape, generator=g))):
+        assert x.mean((0, 1)).numpy() == pytest.approx(mean.numpy(), abs=0.02)
+        assert torch.cov(x.flatten(1).T).numpy() == pytest.approx(covariance.numpy(), abs=0.03)
+
+
+def test_autoguidance_moves_away_from_the_guide():
+    model, guide = (shaken(diffusion.SiT(4, 3, 5, 16, 1, 2), seed) for seed in (0, 1))
+    x, y = torch.randn(2, 4, 3, dtype=torch.float64), torch.tensor([1, 4])
+    good, bad = (diffusion.guided_velocity(m, y)(x, 0.5) for m in (model, guide))
+    for settings, expected in (((3.0,), bad + 3 * (good - bad)), ((1.0,), good), ((3.0, 0.6, 1.0), good)):
+        close(diffusion.guided_velocity(model, y, *settings, guide=guide)(x, 0.5), expected, 1e-5)
+    close(diffusion.guided_velocity(model, y, 3.0, guide=model)(x, 0.5), good, 1e-5)
+
+
+def shaken(model, seed=0):
+    """A network whose parameters are all random, also those that start at zero."""
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.data = 0.2 * torch.randn(p.shape, generator=g)
+    return model
+
+
+def test_lightning_is_sit_with_other_parts():
+    sit, lightning = (diffusion.SiT(6, 3, 5, 24, 2, 2, style=style) for style in ("sit", "lightning"))
+    assert not hasattr(lightning, "pos_embed") and isinstance(lightning.blocks[0].attn.q_norm, torch.nn.RMSNorm)
+    assert isinstance(lightning.blocks[1].mlp, diffusion.SwiGlu) and isinstance(sit.blocks[1].mlp, tokenizer.Mlp)
+    x, t, y = torch.randn(2, 6, 3), torch.rand(2), torch.tensor([0, 5])
+    out = shaken(lightning)(x, t, y)
+    order = torch.tensor([1, 0, 2, 3, 4, 5])
+    assert not torch.allclose(lightning(x[:, order], t, y), out[:, order], atol=1e-4)  # it knows the places
+    lightning.cos.fill_(1)
+    lightning.sin.fill_(0)
+    torch.testing.assert_close(lightning(x[:, order], t, y), lightning(x, t, y)[:, order])       # by RoPE alone
+    v = torch.randn(2, 6, 3)
+    loss = diffusion.velocity_loss(lambda *_: 2 * v, v * 0, v, t, y, "linear", 1.0)                # parallel: no cosine
+    close(loss, v.square().mean((1, 2)), 1e-5)
+    loss = diffusion.velocity_loss(lambda *_: -v, v * 0, v, t, y, "linear", 0.5)
+    close(loss, 4 * v.square().mean((1, 2)) + 1, 1e-5)
+    assert diffusion.PRESETS["lightning-xl"]["beta2"] == 0.95 and "style" not in diffusion.PRESETS["sit-xl"]
+
+
+@pytest.mark.parametrize("style", ["sit", "lightning"])
+def test_flops_of_the_generator_are_those_that_a_counter_counts(style):
+    model = diffusion.SiT(16, 4, 10, 48, 3, 2, style=style)
+    counter, visible = torch.utils.flop_counter.FlopCounterMode(display=False), torch.nn.attention.SDPBackend.MATH
+    with torch.nn.attention.sdpa_kernel(visible), counter as count:
+        model(torch.randn(1, 16, 4), torch.rand(1), torch.zeros(1, dtype=torch.long))
+    assert count.get_total_flops() == diffusion.forward_flops(16, 4, 48, 3, style)
+
+
+def test_normalising_latents_and_back_changes_nothing():
+    class Identity:
+        def decode(self, x):
+            return x
+
+    mean, std, z = torch.randn(4), torch.rand(4) + 0.1, torch.randn(5, 3, 4)
+    close(diffusion.latent_decoder(Identity(), mean, std)((z - mean) / std), z, 1e-6)
 
 
 def test_guidance_and_its_interval():
@@ -1017,7 +1139,8 @@ def test_safetensors_are_read_and_refused(tmp_path):
             "overlap": ({**whole, "b": entry("F32", [3], 8, 20)}, None),
             "outside": ({**whole, "b": entry("F32", [4], 12, 28)}, None),
             "size": ({"a": entry("F32", [4], 0, 12)}, None), "negative": ({"a": entry("F32", [-1], 12, 8)}, None),
-            "two negatives": ({"a": entry("F32", [-1, -3], 0, 12)}, None), "float": ({"a": entry("F32", [3.0], 0, 12)}, None),
+            "two negatives": ({"a": entry("F32", [-1, -3], 0, 12)}, None),
+            "float": ({"a": entry("F32", [3.0], 0, 12)}, None),
             "dtype": ({"a": entry("F33", [3], 0, 12)}, None), "bool": ({"a": entry("U8", [True], 0, 1)}, None),
             "huge header": (whole, 2**62), "long header": (whole, 10**6), "no json": (b"{", None), "list": ([1], None),
             "no entry": ({"a": 3}, None), "twice": (json.dumps(whole).replace('"b"', '"a"').encode(), None),
@@ -1181,6 +1304,21 @@ def test_two_processes_train_as_one(chain, tmp_path):
         assert np.abs(np.array(a) / np.array(b) - 1).max() < 1e-4
 
 
+def test_lightning_trains_and_an_earlier_checkpoint_guides(chain, tmp_path):
+    at, _ = chain
+    script("diffusion", *TINY_SIT, "--steps", "6", "--keep-every", "3", "--samples", "0", "--style", "lightning",
+           "--cosine-loss", "1", "--tokenizer", at / "out/tokenizer/ckpt.pt", cwd=tmp_path)
+    args = ["--n", "9", "--steps", "2", "--precision", "fp32"]
+    for out, guide in (("plain", []), ("guided", ["--guide", "out/diffusion/step-3.pt"])):
+        script("sample", *args, *guide, "--out", out, cwd=tmp_path)
+    plain, guided = (np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("plain", "guided"))
+    assert not np.array_equal(plain, guided)
+    state = torch.load(tmp_path / "out/diffusion/step-3.pt", weights_only=True)
+    data.save_checkpoint(tmp_path / "other.pt", state | {"mean": [0.0] * 4})
+    done = script("sample", *args, "--guide", "other.pt", cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "it was trained with another mean" in done.stderr
+
+
 def test_a_flat_folder_goes_through_all_scripts(cache, tmp_path):
     """One class; the plain autoencoder without masking, on two processes; the scores that need labels are left out."""
     pictures = make_folder(tmp_path / "x", 60, ("flat",)) / "flat"
@@ -1251,6 +1389,9 @@ MISTAKES = [
     ("diffusion", ["--tokenizer", "damaged/ckpt.pt"], "is not a whole checkpoint"),
     ("diffusion", ["--width", "25"], "--width 25"),
     ("diffusion", ["--sampler", "dopri"], "invalid choice: 'dopri'"),
+    ("sample", ["--from-official", "nowhere", "--tokenizer", "CHAIN/out/tokenizer/ckpt.pt"], "there is no nowhere"),
+    ("sample", ["--model", "CHAIN/out/diffusion/ckpt.pt", "--guide", "none.pt", "--tokenizer",
+                "CHAIN/out/tokenizer/ckpt.pt"], "none.pt: no such checkpoint"),
     ("sample", ["--n", "0"], "--n"),
     ("sample", ["--guidance", "0.5"], "--guidance 0.5 must be at least 1"),
     ("diffusion", ["--heads", "0"], "--heads 0 must be at least 1"),

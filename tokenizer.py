@@ -43,6 +43,7 @@ from data import (
     learning_rate,
     load_checkpoint,
     load_images,
+    load_strictly,
     make_optimizers,
     micro_batches,
     optimizer_step,
@@ -224,12 +225,12 @@ def rope_tables(freqs: torch.Tensor, heads: int, grid: tuple[int, int], before: 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; rows of qkv are q, k, v, each split head by head. `qk_norm` normalises q and k."""
+    """Multi-head self-attention; rows of qkv are q, k, v, each split head by head; q and k are normed by `qk_norm`."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+    def __init__(self, width: int, heads: int, qk_norm: Callable = nn.Identity):
         super().__init__()
         self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = qk_norm(width // heads), qk_norm(width // heads)
 
     def forward(self, x, rope=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # B x heads x T x d
@@ -988,9 +989,9 @@ def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_head
         aux_width, aux_depth = measure(f"aux.{next(iter(widths))}") if widths else (192, 3)
         cfg = Config(size=patch * math.isqrt(rows), patch=patch, latents=ours["encoder.latent_tokens"].shape[1],
                      channels=ours["to_latent.weight"].shape[0], width=width, depth=depth,
-                     heads=enc_heads or width // 64, dec_width=dec_width, dec_depth=dec_depth,
-                     dec_heads=dec_heads or dec_width // 64, aux_width=aux_width, aux_depth=aux_depth,
-                     aux_heads=aux_heads or aux_width // 64, targets=",".join(widths) or "none",
+                     heads=enc_heads or max(1, width // 64), dec_width=dec_width, dec_depth=dec_depth,
+                     dec_heads=dec_heads or max(1, dec_width // 64), aux_width=aux_width, aux_depth=aux_depth,
+                     aux_heads=aux_heads or max(1, aux_width // 64), targets=",".join(widths) or "none",
                      positions="rope" if rope else "table", dec_class_token="decoder.class_token" in ours,
                      decoder="modulated" if "decoder.blocks.0.modulation.1.weight" in ours else "plain")
     except KeyError as error:
@@ -998,14 +999,7 @@ def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_head
     ours.setdefault("encoder.mask_token", torch.zeros(1, 1, width))      # models trained without masking have none
     with torch.device("meta"):
         model = Tokenizer(cfg, widths)
-    for key, value in model.state_dict().items():
-        if key not in ours or ours[key].shape != value.shape:
-            found = f"is {list(ours[key].shape)}, not {list(value.shape)}" if key in ours else "is missing"
-            fail(f"not a released tokenizer: {key} {found}")
-    extra = ours.keys() - model.state_dict().keys()
-    if extra:
-        fail(f"not a released tokenizer: {min(extra)} is unknown")
-    model.load_state_dict(ours, assign=True)
+    load_strictly(model, ours, "a released tokenizer")
     return model.eval().requires_grad_(False), cfg
 
 
