@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -201,7 +202,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """One file as uint8 size x size x 3: first frame, transparency on white, 16 bits scaled to 8, any colour model.
 
-    The orientation tag is not applied, as in ADM and torchvision. Raises one of READ_ERRORS for a damaged file.
+    Size 0 keeps the file's own. The orientation tag is not applied, as in ADM and torchvision. Raises one of
+    READ_ERRORS for a damaged file.
     """
     with Image.open(path) as image:
         image.load()
@@ -218,7 +220,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             w, h = min(image.width, longest), min(image.height, longest)
             left, top = (image.width - w) // 2, (image.height - h) // 2
             image = image.crop((left, top, left + w, top + h))
-        return np.asarray(center_crop(image, size))
+        return np.asarray(center_crop(image, size) if size else image)
 
 
 def find_images(root: Path) -> list[str]:
@@ -424,6 +426,9 @@ WEIGHTS = {
     "vgg16-397923af": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
     "lpips_vgg": ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
                   "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    "pt_inception-2015-12-05-6726825d": (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d"),
     "dino_deitsmall16_pretrain": (f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
     "siglip-large-patch16-256": (f"{HUB}/google/siglip-large-patch16-256/resolve/main/model.safetensors", ""),
 } | {f"dinov2_vit{s}14{r}_pretrain": (f"{META}/dinov2/dinov2_vit{s}14/dinov2_vit{s}14{r}_pretrain.pth", "")
@@ -455,27 +460,45 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):         # settings beside the weights
+            state = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("ema", "model", "state_dict"):      # the wrappings of training checkpoints, best first
             if isinstance(state, dict) and isinstance(state.get(name), dict):
                 state = state[name]
         if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
             raise TypeError("not a dict of tensors")
     except LOAD_ERRORS as error:
-        fail(f"{path} is not a whole file of weights ({type(error).__name__}); remove it to get it anew")
+        fail(f"{path} is not a whole file of weights ({type(error).__name__})")
     return dict(state)
 
 
-def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Give a network made on the meta device its weights; one that is missing, unknown or of another shape is named."""
+def load_strictly(net: torch.nn.Module, weights: dict[str, torch.Tensor], what: str, theirs=str) -> None:
+    """Give a network made on the meta device its weights; one that is missing, unknown or of another shape is named,
+    as theirs(name) if the file calls it so.
+    """
     own = net.state_dict()
+    for names, problem in ((weights.keys() - own.keys(), "unknown"), (own.keys() - weights.keys(), "missing")):
+        if names:
+            fail(f"not {what}: {theirs(min(names))} is {problem}")
     for name, value in own.items():
-        if name not in weights or weights[name].shape != value.shape:
-            found = f"is {list(weights[name].shape)}, not {list(value.shape)}" if name in weights else "is missing"
-            fail(f"not {what}: {name} {found}")
-    if weights.keys() - own.keys():
-        fail(f"not {what}: {min(weights.keys() - own.keys())} is unknown")
+        if weights[name].shape != value.shape:
+            fail(f"not {what}: {theirs(name)} is {list(weights[name].shape)}, not {list(value.shape)}")
     net.load_state_dict(weights, assign=True)
+
+
+def fold_layer_scale(weights: dict[str, torch.Tensor], attention: str, mlp: str) -> None:
+    """Multiply each `blocks.i.ls1.gamma` and `ls2.gamma` into the matrix before it, of those names, in place.
+
+    Where one layer has them all must: KeyError names the one that is missing.
+    """
+    for stem in {key.rsplit(".", 3)[0] for key in weights if re.search(r"\.\d+\.ls[12]\.gamma$", key)}:
+        for layer in {key[len(stem) + 1:].split(".")[0] for key in weights if key.startswith(f"{stem}.")}:
+            for scale, matrix in (("ls1", attention), ("ls2", mlp)):
+                gamma, name = weights.pop(f"{stem}.{layer}.{scale}.gamma"), f"{stem}.{layer}.{matrix}"
+                if gamma.shape != weights[f"{name}.bias"].shape:
+                    raise ValueError(f"{stem}.{layer}.{scale}.gamma is {list(gamma.shape)}")
+                weights[f"{name}.weight"] = weights[f"{name}.weight"] * gamma[:, None]
+                weights[f"{name}.bias"] = weights[f"{name}.bias"] * gamma
 
 
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -499,7 +522,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         spans, raw = [], torch.from_numpy(np.memmap(path, np.uint8, "c"))
         for name, entry in header.items():
             dtype, shape, (start, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if not all(type(i) is int and i >= 0 for i in (*shape, start, stop)):
+            if len(shape) > 8 or not all(type(i) is int and 0 <= i <= size for i in (*shape, start, stop)):
                 raise ValueError(f"{name}: shape {shape}, offsets {start}, {stop}")
             if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
                 raise ValueError(f"{name}: {entry['dtype']} {shape} at bytes {start} to {stop}")
@@ -515,7 +538,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             tensors[name] = (part if aligned else part.clone()).view(dtype).reshape(shape)
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        fail(f"{path} is not a whole safetensors file ({' '.join(str(error).split())}); remove it to get it anew")
+        fail(f"{path} is not a whole safetensors file ({' '.join(str(error).split())[:200]})")
 
 
 def unique(pairs: list) -> dict:

@@ -586,7 +586,7 @@ def main():
     how = Sampling(cfg.sampler, cfg.sampling_steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
     flops = forward_flops(*facts["shape"], cfg.width, cfg.depth, cfg.style)
     run.print(f"latents of {len(images)} images: {' x '.join(map(str, facts['shape']))}, std {min(meta['std']):.2f} to "
-              f"{max(meta['std']):.2f}; a network call: {flops / 1e9:.4g} GFLOP per image, in training three times that")
+              f"{max(meta['std']):.2f}; a network call: {flops / 1e9:.4g} GFLOP per image, in training 3 times that")
 
     def preview(model):
         per = max(1, min(8, 80 // classes))

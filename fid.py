@@ -1,16 +1,26 @@
 """Frechet distances between sets of images, and what else a set of samples is scored by.
 
     torchrun fid.py                                      # out/samples/samples.npz against its data -> metrics.json
+    torchrun fid.py A B                                  # FID, sFID, IS, precision, recall of samples A against B
+    torchrun fid.py stats B --out ref.npz                # the statistics of B, to be used in its place
 
-A Frechet distance is named after its features: `fd_classifier` uses a small network trained here on the labels of the
-data set itself, and says nothing about numbers published as FID, which need the Inception weights of 2015.
+A set is an npz with arr_0 (uint8 n x S x S x 3), a folder of images of one size, a data set by name, what data.py
+packed, or as B statistics (mu, sigma, mu_s, sigma_s), like the reference files of ADM.
+
+A Frechet distance is named after its features. `fid` uses the Inception weights of 2015 and follows ADM's evaluator;
+`fd_dinov2` the class token of DINOv2 ViT-L/14; `fd_classifier` a small network trained here on the labels of the data
+set itself, and says nothing about numbers published as FID.
 """
 import functools
 import itertools
 import json
 import math
+import os
+import struct
+import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +31,24 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    NAMED,
     PRECISIONS,
+    READ_ERRORS,
     Batches,
     Images,
     Run,
     cache_dir,
     commit,
     fail,
+    find_images,
+    fold_layer_scale,
     learning_rate,
     load_images,
     load_strictly,
     locked,
     parse_config,
     pretrained,
+    read_image,
     save_checkpoint,
     setting,
     start,
@@ -44,13 +59,21 @@ from data import (
 
 @dataclass
 class Config:
-    samples: str = setting("out/samples/samples.npz", "file of samples: arr_0 uint8 n x S x S x 3, labels beside it")
-    data: str = setting("", "data set to compare with; empty: the one named in the samples file")
-    out: str = setting("", "JSON file to write; empty: metrics.json beside the samples")
-    precision: str = setting("auto", "arithmetic in which a missing classifier is trained; scores are fp32", PRECISIONS)
+    samples: str = setting("out/samples/samples.npz", "the samples A")
+    data: str = setting("", "the set B to compare with; empty: the data set named in the samples file")
+    stats: str = setting("", "write the statistics of this set to --out and stop")
+    out: str = setting("", "JSON file to write, with --stats npz; empty: metrics.json beside the samples")
+    features: str = setting("", "any of classifier, fid, dinov2; empty: fid for `fid.py A B`, else classifier")
+    resize: str = setting("tf1", "to 299 pixels for fid: tf1 as ADM, or as pytorch-fid", ("tf1", "pytorch-fid"))
+    size: int = setting(0, "side of a data set given by name; 0: that of the samples")
+    weights: str = setting("", "folder of feature networks; what is missing is downloaded into it; empty: the cache")
+    batch_size: int = setting(100, "images a process scores at a time", least=1)
+    precision: str = setting("fp32", "arithmetic of the networks; bf16 is faster and moves a FID slightly", PRECISIONS)
 
     def check(self):
-        pass
+        unknown = set(self.features.split(",")) - {"", "classifier", "fid", "dinov2"}
+        if unknown:
+            raise ValueError(f"--features {self.features}: classifier, fid, dinov2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +81,11 @@ class Config:
 
 
 class Moments:
-    """Sums of features and of their outer products in float64, over any number of batches and processes."""
+    """Sums of features and of their outer products in float64, over any number of batches and processes.
+
+    Features are rounded to multiples of 2^-15 (3e-5): then every sum up to 8e6 is exact, and no bit of the result
+    depends on the order or the size of the batches.
+    """
 
     def __init__(self, width: int, device: torch.device):
         self.n = torch.zeros(1, dtype=torch.float64, device=device)
@@ -66,7 +93,7 @@ class Moments:
         self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, features: torch.Tensor) -> None:
-        features = features.double()
+        features = (features.double() * 2**15).round() / 2**15
         self.n += len(features)
         self.first += features.sum(0)
         self.second += features.T @ features
@@ -90,6 +117,185 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
     return max(0.0, distance.item())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them
+
+
+def tf_resize(x: torch.Tensor, size: int = 299) -> torch.Tensor:
+    """Bilinear resize of B x 3 x H x W to size x size as TensorFlow 1 does it, in float32: no half-pixel shift, no
+    smoothing when shrinking, first along rows of pixels, then along columns.
+    """
+    for axis in (3, 2):
+        n = x.shape[axis]
+        at = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32, device=x.device)
+        low = at.floor().long()
+        weight = (at - low).view(-1, *[1] * (3 - axis))
+        a, b = x.index_select(axis, low).float(), x.index_select(axis, (low + 1).clamp(max=n - 1)).float()
+        x = a + (b - a) * weight
+    return x
+
+
+STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "pool", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "pool")
+STRIDED = ("Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3", "Mixed_7a.branch3x3_2",
+           "Mixed_7a.branch7x7x3_4")
+UNPADDED = (*STRIDED, "Conv2d_2a_3x3", "Conv2d_4a_3x3")
+BRANCHES = {                                             # by letter of a block: chains of convolutions, concatenated
+    "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+    "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+    "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
+    "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
+    "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b")}
+BLOCKS = dict(zip(["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"], "AAABCCCCDEE", strict=True))
+
+
+class Inception(nn.Module):
+    """The Inception network of 2015: uint8 B x 3 x H x W -> pool B x 2048, spatial B x 2023, logits B x 1008.
+
+    Against torchvision's inception_v3: average pools count real pixels only, the last block pools by maximum, 1008
+    classes. Logits are without the bias (as the Inception Score wants them); `spatial` are the first 7 channels of
+    Mixed_6d.branch1x1, flattened H, W, C. Batch norms (eps 1e-3) are folded into the convolutions.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], resize: str = "tf1"):
+        super().__init__()
+        self.resize, self.convs = resize, nn.ModuleDict()
+        try:
+            for key in [k for k in weights if k.endswith(".conv.weight")]:
+                name, w = key[:-len(".conv.weight")], weights[key].float()
+                gamma, beta, mean, variance = (weights[f"{name}.bn.{part}"].float() for part in (
+                    "weight", "bias", "running_mean", "running_var"))
+                scale = gamma * (variance + 1e-3).rsqrt()
+                padding = (0, 0) if name in UNPADDED else (w.shape[2] // 2, w.shape[3] // 2)
+                conv = nn.Conv2d(w.shape[1], w.shape[0], w.shape[2:], 1 + (name in STRIDED), padding)
+                conv.load_state_dict({"weight": w * scale[:, None, None, None], "bias": beta - mean * scale})
+                self.convs[name.replace(".", "/")] = conv
+            self.register_buffer("fc", weights["fc.weight"].float())
+            self.register_buffer("fc_bias", weights["fc.bias"].float())
+        except (KeyError, RuntimeError) as error:
+            fail(f"not the weights of FID's Inception: {' '.join(str(error).split())[:200]}")
+        if len(self.convs) != 94:
+            fail(f"not the weights of FID's Inception: {len(self.convs)} convolutions, not 94")
+
+    def run(self, x, names: str):
+        """A chain of convolutions; a|b are two side by side."""
+        for name in names.split():
+            if "|" in name:
+                block = name.rpartition("/")[0]
+                first, second = name.split("|")
+                return torch.cat([self.run(x, first), self.run(x, f"{block}/branch{second}")], 1)
+            x = F.relu(self.convs[name](x), inplace=True)
+        return x
+
+    def forward(self, images):
+        if self.resize == "tf1":
+            x = (tf_resize(images) - 128) / 128
+        else:
+            x = 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        for name in STEM:
+            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.run(x, name)
+        for block, letter in BLOCKS.items():
+            at = f"Mixed_{block}/branch"
+            parts = [self.run(x, " ".join(at + name for name in chain.split())) for chain in BRANCHES[letter]]
+            if letter in "BD":
+                parts.append(F.max_pool2d(x, 3, 2))
+            else:
+                pooled = (F.max_pool2d(x, 3, 1, 1) if block == "7c" else
+                          F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+                parts.append(self.run(pooled, at + "_pool"))
+            if block == "6d":
+                spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
+            x = torch.cat(parts, 1)
+        pool = x.float().mean((2, 3))
+        return pool, spatial, pool @ self.fc.T
+
+
+def load_inception(cfg, run: Run) -> Inception:
+    weights = pretrained("pt_inception-2015-12-05-6726825d", cfg.weights, "--features classifier")
+    return freeze(Inception(weights, cfg.resize), run).to(memory_format=torch.channels_last)
+
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) || p(y))) over blocks of 5,000 images in file order, averaged over the blocks; streaming."""
+
+    def __init__(self, n: int, device: torch.device, block: int = 5000, classes: int = 1008):
+        self.block, count = block, -(-n // block)
+        self.sums = torch.zeros(count, classes + 2, dtype=torch.float64, device=device)   # p, sum p log p, images
+
+    def add(self, index: torch.Tensor, logits: torch.Tensor) -> None:
+        log_p = logits.double().log_softmax(1)
+        p = log_p.exp()
+        row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+        self.sums.index_add_(0, index.to(logits.device) // self.block, row)
+
+    def finish(self, run: Run) -> float:
+        p, negative_entropy, count = run.sum(self.sums).cpu().split([self.sums.shape[1] - 2, 1, 1], 1)
+        mean = p / count
+        return (negative_entropy[:, 0] / count[:, 0] - torch.special.xlogy(mean, mean).sum(1)).exp().mean().item()
+
+
+def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
+
+
+def radii(x: torch.Tensor, k: int = 3, tile: int = 2000) -> torch.Tensor:
+    """Squared distance of each point to its k-th nearest other point; duplicates count as points."""
+    if len(x) <= k:
+        fail(f"precision and recall need more than {k} images in each set, not {len(x)}")
+    return torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(tile)])
+
+
+def precision_recall(reference: torch.Tensor, samples: torch.Tensor, k: int = 3, tile: int = 2000) -> tuple:
+    """Share of samples within the radius of some reference point, and of references within that of some sample
+    (Kynkaanniemi 2019), all points of both sets; float32 in tiles. (ADM computes in float16: within 0.002.)
+    """
+    def covered(points, centres):
+        limits, hits = radii(centres, k, tile), 0
+        for part in points.split(tile):
+            inside = torch.zeros(len(part), dtype=torch.bool, device=part.device)
+            for c, r in zip(centres.split(tile), limits.split(tile)):
+                inside |= (squared_distances(part, c) <= r).any(1)
+            hits += inside.sum().item()
+        return hits / len(points)
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@torch.no_grad()
+def inception_statistics(net: Inception, images, run: Run, batch: int = 100, keep: bool = False) -> dict:
+    """mu, sigma, mu_s, sigma_s and the Inception Score of uint8 images; with `keep` the pool features, n x 2048."""
+    n, pool, spatial = len(images), Moments(2048, run.device), Moments(2023, run.device)
+    score, kept = InceptionScore(n, run.device), torch.zeros(n if keep else 0, 2048, device=run.device)
+    for index, x in in_batches(images, run, batch):
+        with run.autocast():
+            p, s, logits = net(x)
+        pool.add(p)
+        spatial.add(s)
+        score.add(index, logits)
+        if keep:
+            kept[index.to(run.device)] = p
+    (mu, sigma), (mu_s, sigma_s) = pool.finish(run), spatial.finish(run)
+    found = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "inception_score": score.finish(run), "n": n}
+    return found | ({"features": run.sum(kept)} if keep else {})
+
+
+def in_batches(images, run: Run, batch: int):
+    """This process's share, (indices, uint8 B x 3 x H x W on the device), the next one read while one is in use."""
+    def read(start):
+        index = np.arange(start, min(start + batch, len(images)))
+        return torch.from_numpy(index), images[index]
+
+    starts = range(batch * run.rank, len(images), batch * run.world)
+    bar = tqdm(total=len(images), desc="features", unit=" images", leave=False, disable=None if run.main else True)
+    with ThreadPoolExecutor(1) as pool, bar:
+        ahead = pool.submit(read, starts[0]) if len(starts) else None
+        for i in range(len(starts)):
+            index, x = ahead.result()
+            ahead = pool.submit(read, starts[i + 1]) if i + 1 < len(starts) else None
+            yield index, x.to(run.device)
+            bar.update(len(index) * run.world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,11 +328,7 @@ class VisionTransformer(nn.Module):
                 key = key.replace(old, new)
             w[key] = value.float()
         try:
-            for key in [k for k in w if k.endswith(".gamma")]:       # LayerScale goes into the matrix before it
-                layer, scale = key[:-len("ls1.gamma")], w.pop(key)
-                for end in ("weight", "bias"):
-                    name = layer + ("self_attn.out_proj." if "ls1" in key else "linear2.") + end
-                    w[name] = w[name] * (scale[:, None] if end == "weight" else scale)
+            fold_layer_scale(w, "self_attn.out_proj", "linear2")
             for key in [k for k in w if ".q_proj." in k]:
                 parts = [w.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
                 w[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
@@ -138,8 +340,9 @@ class VisionTransformer(nn.Module):
             registers = w.pop("register_tokens", prefix[:, :0])
         except KeyError as error:
             fail(f"not {kind} weights: {error} is missing")
+        except (ValueError, RuntimeError, IndexError) as error:
+            fail(f"not {kind} weights: {str(error).splitlines()[0]}")
         self.kind, self.width, self.prefix, self.registers = kind, width, 1 - (kind == "siglip"), registers.shape[1]
-        self.mean, self.std = ((0.5,) * 3, (0.5,) * 3) if kind == "siglip" else IMAGENET
         # DINO was trained with the exact GELU; the discriminators built on it use the other one, and so do we
         gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
         with torch.device("meta"):
@@ -150,6 +353,8 @@ class VisionTransformer(nn.Module):
                 for _ in {k.split(".")[1] for k in w if k.startswith("layers.")})
             self.norm = nn.LayerNorm(width, 1e-6)
         load_strictly(self, w, f"{kind} weights")
+        for name, values in zip(("mean", "std"), ((0.5,) * 3,) * 2 if kind == "siglip" else IMAGENET):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
         self.register_buffer("pos_embed", pos)
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 
@@ -181,8 +386,7 @@ class VisionTransformer(nn.Module):
 
     def normalise(self, image: torch.Tensor) -> torch.Tensor:
         """Images in [-1, 1] -> the network's own input statistics."""
-        mean, std = (torch.tensor(v, device=image.device)[:, None, None] for v in (self.mean, self.std))
-        return (image * 0.5 + 0.5 - mean) / std
+        return (image * 0.5 + 0.5 - self.mean) / self.std
 
     @torch.no_grad()
     def patch_features(self, image: torch.Tensor, grid: int) -> torch.Tensor:
@@ -346,10 +550,8 @@ class Made:
 def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run, batch: int = 500) -> tuple:
     """Mean and covariance of the features of uint8 images (tensor, Images, Made), and the share of labels known."""
     moments, right = Moments(net.WIDTH, run.device), torch.zeros(1, device=run.device)
-    starts = range(batch * run.rank, len(images), batch * run.world)
-    for i in tqdm(starts, desc="features", leave=False, disable=None if run.main else True):
-        index = np.arange(i, min(i + batch, len(images)))
-        features, logits = net(images[index].to(run.device))
+    for index, x in in_batches(images, run, batch):
+        features, logits = net(x)
         moments.add(features)
         if labels is not None:
             right += (logits.argmax(1) == labels[index].to(run.device)).sum()
@@ -393,48 +595,203 @@ class Judge:
         return facts | ({"class_accuracy": accuracy} if labels is not None else {})
 
 
-def load_samples(path: Path) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
-    """uint8 N x 3 x S x S, labels or None, and the facts sample.py stored with them."""
+def npz_array(path: Path, name: str) -> np.ndarray:
+    """An array of an npz file; mapped, not read, where it is stored uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+    if info.compress_type == zipfile.ZIP_STORED:
+        with open(path, "rb") as file:
+            file.seek(info.header_offset + 26)           # of the member's own header: lengths of its name and extras
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, fortran, dtype = read[version](file)
+            if not fortran and not dtype.hasobject and math.prod(shape):
+                return np.memmap(path, dtype, "r", file.tell(), shape)
+    with np.load(path) as file:
+        return file[name]
+
+
+NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, struct.error, NotImplementedError)
+
+
+def load_samples(path: Path) -> tuple[Images, torch.Tensor | None, dict]:
+    """Images of an npz file, their labels or None, and the facts sample.py stored with them."""
     try:
+        pixels = npz_array(path, "arr_0")
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
+            raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
         with np.load(path) as file:
-            pixels = file["arr_0"]
-            if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-                raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
             labels = torch.from_numpy(file["labels"]) if "labels" in file else None
             facts = json.loads(str(file["facts"])) if "facts" in file else {}
-        if labels is not None and len(labels) != len(images):
-            raise ValueError(f"{len(labels)} labels for {len(images)} images")
+        if labels is not None and labels.shape != (len(pixels),):
+            raise ValueError(f"{tuple(labels.shape)} labels for {len(pixels)} images")
     except FileNotFoundError:
         fail(f"{path}: no such file; sample.py writes it")
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         fail(f"{path} is not a file of samples ({error}); arr_0 must be uint8 n x S x S x 3")
-    return images, labels, facts
+    return Images(pixels, torch.zeros(len(pixels)), ["all"], ""), labels, facts
+
+
+class Folder:
+    """Image files of one size below a folder, read by a few threads when they are asked for."""
+
+    def __init__(self, root: Path):
+        self.root, self.names, self.pool = root, find_images(root), ThreadPoolExecutor(4)
+        if not self.names:
+            fail(f"{root}: no images found")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        try:
+            images = list(self.pool.map(lambda i: read_image(self.root / self.names[i], 0), index))
+        except READ_ERRORS as error:
+            fail(f"{self.root}: an image is unreadable: {error}")
+        sizes = {image.shape for image in images}
+        if len(sizes) > 1:
+            fail(f"{self.root}: images of several sizes, as {min(sizes)} and {max(sizes)}; crop them to one: "
+                 "data.py --data DIR --size S --out PACKED, and give PACKED")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def open_set(name: str, size: int, run: Run) -> tuple:
+    """Images of a set (or None) and its stored statistics (or {}): see the head of this file for what it may be."""
+    path = Path(name)
+    if path.suffix == ".npz":
+        try:
+            with np.load(path) as file:
+                names = [k for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file]
+                stored = {k: torch.from_numpy(file[k]).double() for k in names}
+                pixels = "arr_0" in file
+                n = int(file["n"]) if "n" in file else 0
+            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+                if (mean in stored or cov in stored) and stored[cov].shape != (*stored[mean].shape, len(stored[mean])):
+                    raise ValueError(f"{mean} and {cov} do not fit")
+            if not stored and not pixels:
+                raise ValueError("neither arr_0 nor mu and sigma are in it")
+        except FileNotFoundError:
+            fail(f"{path}: no such file")
+        except NPZ_ERRORS as error:
+            fail(f"{path} is not a file of images or statistics ({error})")
+        return load_samples(path)[0] if pixels else None, stored | ({"n": n} if stored else {})
+    if name in NAMED or (path / "meta.json").is_file():
+        if (path / "meta.json").is_file():
+            size = json.loads((path / "meta.json").read_text())["size"]
+        if not size:
+            fail(f"{name} is a data set without a size of its own: give --size")
+        return run.first(lambda: load_images(name, size, "train")), {}
+    if not path.is_dir():
+        fail(f"{name}: no such file or folder, and none of {', '.join(NAMED)}")
+    return Folder(path), {}
+
+
+def compare(cfg: Config, run: Run, a, b, stored: dict) -> dict:
+    """FID, sFID, IS, precision and recall, or fd_dinov2, of images a against images b or stored statistics."""
+    metrics, wanted = {}, cfg.features.split(",")
+    if "fid" in wanted:
+        net = load_inception(cfg, run)
+        ours = inception_statistics(net, a, run, cfg.batch_size, keep=b is not None)
+        theirs = inception_statistics(net, b, run, cfg.batch_size, keep=True) if b is not None else {}
+        against = theirs | stored                        # what is stored is of the whole set, its images may be a few
+        metrics["fid"] = frechet_distance(ours["mu"], ours["sigma"], against["mu"], against["sigma"])
+        if "mu_s" in against:
+            metrics["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], against["mu_s"], against["sigma_s"])
+        metrics["inception_score"] = ours["inception_score"]
+        if theirs:
+            metrics["precision"], metrics["recall"] = precision_recall(theirs["features"], ours["features"])
+        metrics |= {"resize": cfg.resize, "n_reference": int(against["n"]) or None}
+    if "dinov2" in wanted:
+        if b is None:
+            fail("--features dinov2 needs the images of the set B, not its Inception statistics")
+        net = VisionTransformer(pretrained("dinov2_vitl14_pretrain", cfg.weights, "--features fid"), "dinov2")
+        both = [dino_moments(freeze(net, run), images, run, cfg.batch_size) for images in (a, b)]
+        metrics["fd_dinov2"] = frechet_distance(*both[0], *both[1])
+    return metrics
+
+
+@torch.no_grad()
+def dino_moments(net: VisionTransformer, images, run: Run, batch: int) -> tuple:
+    """Mean and covariance of the class token of images resized to 224 (bicubic, antialiased)."""
+    moments = Moments(net.width, run.device)
+    for _, x in in_batches(images, run, batch):
+        x = F.interpolate(to_float(x), (224, 224), mode="bicubic", antialias=True)
+        with run.autocast():
+            moments.add(net(net.normalise(x))[:, 0].float())
+    return moments.finish(run)
+
+
+def write_statistics(cfg: Config, run: Run) -> None:
+    """fid.py stats X --out ref.npz: mu, sigma, mu_s, sigma_s of all images, and up to 10,000 of them for precision."""
+    images, _ = open_set(cfg.stats, cfg.size, run)
+    if images is None or not cfg.out.endswith(".npz"):
+        fail(f"fid.py stats {cfg.stats} --out REF.npz: the set must have images, and --out must end in .npz")
+    found = inception_statistics(load_inception(cfg, run), images, run, cfg.batch_size)
+    if run.main:
+        some = np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int)
+        pixels = np.concatenate([images[part].permute(0, 2, 3, 1).numpy() for part in np.array_split(
+            some, -(-len(some) // 500))])
+        part, out = Path(cfg.out + ".part.npz"), Path(cfg.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, arr_0=pixels, n=len(images), **{k: found[k].numpy() for k in ("mu", "sigma", "mu_s", "sigma_s")})
+        part.replace(out)
+    run.print(f"wrote {cfg.out}: statistics of {len(images)} images of {cfg.stats} ({cfg.resize} resize, "
+              f"{run.precision}), and up to 10,000 of them")
+    run.barrier()
+
+
+def arguments(argv: list[str]) -> list[str]:
+    """`stats X ...` and `A B ...` as flags."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if len(words) == 2 and words[0] == "stats":
+        return ["--stats", words[1], *argv[2:]]
+    if len(words) == 2:
+        return ["--samples", words[0], "--data", words[1], *([] if "--features" in argv else ["--features", "fid"]),
+                *argv[2:]]
+    return argv
 
 
 def main():
-    cfg, began = parse_config(Config, {}, __doc__), time.time()
+    cfg, began = parse_config(Config, {}, __doc__, arguments(sys.argv[1:])), time.time()
     run = start(cfg)
-    images, labels, facts = load_samples(Path(cfg.samples))
-    data, size = cfg.data or facts.get("data", ""), images.shape[-1]
+    if cfg.stats:
+        return write_statistics(cfg, run)
+    cfg.features = cfg.features or "classifier"
+    if Path(cfg.samples).is_dir() or cfg.samples in NAMED:
+        (images, _), labels, facts = open_set(cfg.samples, cfg.size, run), None, {}
+    else:
+        images, labels, facts = load_samples(Path(cfg.samples))
+    data, size = cfg.data or facts.get("data", ""), cfg.size or images[np.arange(1)].shape[-1]
     if not data:
         fail(f"{cfg.samples} does not name its data set; give --data")
-    train = run.first(lambda: load_images(data, size, "train"))
-    if len(train.classes) == 1:
-        run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available; nothing written")
-        return
-    judge = Judge(train, load_images(data, size, "val"), run)
-    metrics = {"samples": judge(images, labels), "validation_images": judge.reference}
-    metrics |= {"features": "classifier", "against": f"{len(train)} training images of {data}", "sampling": facts,
-                "precision": "fp32", "commit": commit(), "seconds": round(time.time() - began)}
+    metrics = {"samples": {"images": len(images)}}
+    if set(cfg.features.split(",")) - {"classifier"}:
+        reference, stored = open_set(data, size, run)
+        metrics["samples"] |= compare(cfg, run, images, reference, stored)
+        if len(images) < 2048 and "fid" in metrics["samples"]:
+            run.print(f"only {len(images)} images: fewer than features, so the FID is biased upwards, strongly")
+    if "classifier" in cfg.features:
+        train = run.first(lambda: load_images(data, size, "train"))
+        if len(train.classes) == 1:
+            run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
+            return None
+        judge = Judge(train, load_images(data, size, "val"), run)
+        metrics["samples"] |= judge(images, labels)
+        metrics["validation_images"] = judge.reference
+    metrics |= {"features": cfg.features, "against": data, "sampling": facts, "precision": run.precision,
+                "weights": cfg.weights, "commit": commit(), "seconds": round(time.time() - began)}
     if run.main:
         out = Path(cfg.out) if cfg.out else Path(cfg.samples).with_name("metrics.json")
         write_json(out, metrics)
-        for name, row in (("samples", metrics["samples"]), ("real validation images", judge.reference)):
-            accuracy = f"   recognised by class {row['class_accuracy']:6.1%}" if "class_accuracy" in row else ""
-            run.print(f"{name:24s} N={row['images']:<6d} fd_classifier {row['fd_classifier']:8.3f}{accuracy}")
+        rows = {"samples": metrics["samples"], "real validation images": metrics.get("validation_images")}
+        for name, row in rows.items():
+            if row:
+                shown = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
+                run.print(f"{name:24s} N={row['images']:<6d} {shown}")
         run.print(f"wrote {out}")
     run.barrier()
+    return None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Reference values are read from ../shared/goldens where that folder is (the full set), else from assets/goldens.
 """
+import argparse
 import ast
 import http.server
 import io
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch: the tests are for the CPU
 import torch
@@ -86,8 +88,27 @@ def test_official_weights_with_a_wrong_key_are_refused():
     with pytest.raises(SystemExit, match="encoder.surprise is unknown"):
         tokenizer.from_official(weights | {"encoder.surprise": torch.zeros(1)}, *heads)
     del weights["encoder.model.blocks.1.mlp.fc1.bias"]
-    with pytest.raises(SystemExit, match=r"encoder.blocks.1.mlp.fc1.bias is missing"):
+    with pytest.raises(SystemExit, match=r"encoder.model.blocks.1.mlp.fc1.bias is missing"):
         tokenizer.from_official(weights, *heads)
+
+
+def test_each_damage_to_a_released_checkpoint_is_named():
+    name = "tokenizer_tiny_a" if (GOLDENS / "maetok/tokenizer_tiny_a.npz").exists() else "tokenizer_tiny_b_movq"
+    _, weights, case = golden(f"maetok/{name}")
+    heads = case["enc"]["num_heads"], case["dec"]["num_heads"]
+    folded = ("freqs_t_", "decoder.model.pos_embed", "decoder.model.patch_embed", "norm.adaLN", "encoder.mask_token",
+              "decoder.model.cls_token")
+    for key in weights:
+        if not any(part in key for part in folded):
+            with pytest.raises(SystemExit) as error:
+                tokenizer.from_official({k: v for k, v in weights.items() if k != key}, *heads)
+            named = key in str(error.value) or key.endswith(("freqs", "adaLN_modulation.1.weight"))
+            assert named and len(str(error.value).splitlines()) == 1, (key, error.value)
+        if key.startswith(("encoder", "quant", "post")) and "freqs_t_" not in key:
+            for other in (weights[key][..., None], weights[key].flatten()[:1], torch.tensor(1.0)):
+                with pytest.raises(SystemExit) as error:
+                    tokenizer.from_official(weights | {key: other}, *heads)
+                assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["ae_b128_256_plain_cls", "ae_b128_512_p16_movq_nocls"])
@@ -115,6 +136,7 @@ def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys)
     again, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", torch.device("cpu"))
     stored = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert stored["latent_statistics"] == {"mean": 0.01, "std": 0.07}
+    assert (tmp_path / "out/ckpt.pt").stat().st_size < 4.01 * sum(p.numel() for p in model.parameters()) + 1e6
     x = torch.rand(1, 3, cfg.size, cfg.size) * 2 - 1
     z = model.encode(x)
     assert z.shape == (1, 128, 32) and torch.equal(again.encode(x), z)
@@ -124,7 +146,8 @@ def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys)
 
 def test_a_bare_state_dict_and_a_training_checkpoint_load(tmp_path, monkeypatch):
     _, weights, _ = golden("maetok/tokenizer_tiny_b_movq")
-    torch.save({"model": {"a": torch.zeros(1)}, "ema": weights, "steps": 3, "args": {"lr": 1}}, tmp_path / "train.pt")
+    state = {"model": {"a": torch.zeros(1)}, "ema": weights, "args": argparse.Namespace(lr=1)}
+    torch.save(state, tmp_path / "train.pt")
     assert data.read_weights(tmp_path / "train.pt").keys() == weights.keys()
     torch.save(weights, tmp_path / "bare.pt")
     assert data.read_weights(tmp_path / "bare.pt").keys() == weights.keys()
@@ -496,6 +519,132 @@ def test_frechet_distance_agrees_with_exact(name):
     assert fid.frechet_distance(*moments["A"], *moments["A"]) < 1e-6
 
 
+@pytest.mark.parametrize("name", names("metrics", "resize*"))
+def test_resize_agrees_with_tensorflow(name):
+    t, _, _ = golden(name)
+    for key in (k for k in t if k.startswith("img_")):
+        size = key[4:]
+        out = fid.tf_resize(t[key].permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        assert torch.equal(out[t["rows"]][:, t["cols"]], t[f"tf1_{size}"])            # not a bit apart
+        close(out.double().sum((0, 1)), t[f"tf1sum_{size}"], 1e-9)
+
+
+@pytest.fixture(scope="session")
+def inception():
+    return fid.Inception(filled(public_keys("inception_fid"), 1000)).eval()
+
+
+@pytest.mark.parametrize("name", names("metrics", "inception*"))
+@torch.no_grad()
+def test_inception_agrees_with_both_references(name, inception):
+    t, _, case = golden(name)
+    assert case["weight_seed"] == 1000
+    for key in (k for k in t if k.startswith("pool_")):
+        _, size, kind = key.split("_")
+        inception.resize = "tf1" if kind == "tf1" else "pytorch-fid"
+        pool, spatial, logits = inception(t[f"img_{size}"].permute(0, 3, 1, 2))
+        for found, what in ((pool, "pool"), (spatial, "spatial"), (logits, "logits_nobias"),
+                            (logits + inception.fc_bias, "logits")):
+            torch.testing.assert_close(found, t[f"{what}_{size}_{kind}"], atol=2e-4, rtol=0)
+    inception.resize = "tf1"
+
+
+@pytest.mark.parametrize("name", names("metrics", "e2e*"))
+def test_the_whole_suite_agrees_end_to_end(name, inception):
+    t, _, _ = golden(name)
+    sets = [data.Images(x.numpy(), torch.zeros(len(x)), [], "") for x in (t["img_ref"], t["img_smp"])]
+    ref, smp = (fid.inception_statistics(inception, images, cpu_run(), 16, keep=True) for images in sets)
+    assert fid.frechet_distance(ref["mu"], ref["sigma"], smp["mu"], smp["sigma"]) == pytest.approx(t["fid"], rel=1e-5)
+    sfid = fid.frechet_distance(ref["mu_s"], ref["sigma_s"], smp["mu_s"], smp["sigma_s"])
+    assert sfid == pytest.approx(t["sfid"], rel=1e-5)
+    assert smp["inception_score"] - 1 == pytest.approx(t["is_split5000"] - 1, rel=1e-4)
+    assert fid.precision_recall(ref["features"], smp["features"]) == pytest.approx(t["precision_recall"].tolist())
+
+
+@pytest.mark.parametrize("name", names("metrics", "frechet*"))
+def test_inception_score_precision_and_recall_agree_with_adm(name):
+    t, _, case = golden(name)
+    if "is_acts" not in t:
+        pytest.skip("these values are in the full goldens only; the end-to-end golden covers the definitions")
+    logits = t["is_acts"] @ t["is_W"]
+    for block, key in ((case["is_split_size"], "is_adm_split"), (5000, "is_adm_default")):
+        score = fid.InceptionScore(len(logits), torch.device("cpu"), block, logits.shape[1])
+        for part in torch.arange(len(logits)).flip(0).split(77):     # whatever order they come in
+            score.add(part, logits[part])
+        assert score.finish(cpu_run()) == pytest.approx(t[key], rel=1e-5)
+    for tag in ("g", "nn"):
+        ref, smp = (t["pr_ref"], t["pr_smp"]) if tag == "g" else (t["pr_nn_ref"], t["pr_nn_smp"])
+        assert fid.precision_recall(ref, smp, tile=130) == pytest.approx(t[f"pr_{tag}_exact"].tolist())
+        close(fid.radii(ref), t[f"pr_{tag}_radii_ref_fp32"], 1e-5)
+        close(fid.radii(smp, tile=50), t[f"pr_{tag}_radii_smp_fp32"], 1e-5)
+
+
+def test_scores_in_closed_form():
+    flat, sharp = torch.zeros(50, 10), 1000 * torch.eye(10).repeat(5, 1)
+    for logits, expected in ((flat, 1), (sharp, 10)):
+        score = fid.InceptionScore(50, torch.device("cpu"), 5000, 10)
+        score.add(torch.arange(50), logits)
+        assert score.finish(cpu_run()) == pytest.approx(expected)
+    x = torch.randn(60, 5)
+    assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
+    with pytest.raises(SystemExit, match="more than 3 images"):
+        fid.precision_recall(x[:3], x)
+
+
+def test_sums_do_not_depend_on_order_or_batches_by_a_bit():
+    features = 3 * torch.randn(3000, 7)
+    found = []
+    for order, size in ((torch.arange(3000), 1000), (torch.randperm(3000), 1), (torch.randperm(3000), 333)):
+        moments = fid.Moments(7, torch.device("cpu"))
+        for part in features[order].split(size):
+            moments.add(part)
+        found.append(moments.finish(cpu_run()))
+    for mean, cov in found[1:]:
+        assert torch.equal(mean, found[0][0]) and torch.equal(cov, found[0][1])
+    close(found[0][1], torch.cov(features.double().T), 1e-4)
+
+
+def test_frechet_distance_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = (m @ m.T + np.eye(20) for m in rng.normal(size=(2, 20, 20)))
+    mean = rng.normal(size=20)
+    expected = mean @ mean + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert fid.frechet_distance(mean, a, 0 * mean, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fid_command_line(tmp_path, made_weights, cache):
+    """A B, stats, reference statistics instead of images, a folder of PNGs, a packed set: one number."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for n in (12, 14))
+    np.savez(tmp_path / "a.npz", arr_0=a)
+    np.savez_compressed(tmp_path / "b.npz", arr_0=b)
+    (tmp_path / "folder").mkdir()
+    for i, pixels in enumerate(b):
+        Image.fromarray(pixels).save(tmp_path / f"folder/{i:02d}.png")
+    weights = ["--weights", made_weights, "--batch-size", "5"]
+    script("fid", "a.npz", "b.npz", *weights, "--out", "1.json", cwd=tmp_path)
+    script("fid", "stats", "folder", *weights, "--out", "ref.npz", cwd=tmp_path, processes=2)
+    script("fid", "a.npz", "ref.npz", *weights, "--out", "2.json", cwd=tmp_path, processes=2)
+    with np.load(tmp_path / "ref.npz") as z:
+        assert z["mu"].shape == (2048,) and z["sigma_s"].shape == (2023, 2023) and np.array_equal(z["arr_0"], b)
+        np.savez(tmp_path / "only.npz", mu=z["mu"], sigma=z["sigma"])
+    done = script("fid", "a.npz", "only.npz", *weights, "--out", "3.json", cwd=tmp_path)
+    assert "biased upwards" in done.stdout
+    rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in (1, 2, 3)]
+    first = rows[0]["samples"]
+    assert {"fid", "sfid", "inception_score", "precision", "recall", "resize", "n_reference"} < first.keys()
+    assert first["images"] == 12 and first["n_reference"] == 14 and rows[0]["precision"] == "fp32"
+    for row in rows[1:]:
+        for key in row["samples"].keys() & {"fid", "sfid", "inception_score", "precision", "recall"}:
+            assert row["samples"][key] == pytest.approx(first[key], rel=1e-3), key
+    assert "sfid" not in rows[2]["samples"] and "precision" not in rows[2]["samples"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "folder/odd.png")
+    for args, message in ((["a.npz", "folder"], "images of several sizes"), (["a.npz", "nowhere"], "no such file"),
+                          (["folder/odd.png", "a.npz"], "is not a file of samples")):
+        done = script("fid", *args, *weights, cwd=tmp_path, check=False)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All losses at once, with made weights
 
@@ -522,6 +671,7 @@ def write_safetensors(path: Path, tensors: dict) -> None:
         header[name] = {"dtype": "F32", "shape": list(x.shape), "data_offsets": [at, at + 4 * x.numel()]}
         at += 4 * x.numel()
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                      # real files are aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
@@ -534,6 +684,7 @@ def made_weights(tmp_path_factory):
     at = tmp_path_factory.mktemp("weights")
     torch.save(filled({k: v for k, v in public_keys("vgg16").items() if "features" in k}, 1), at / "vgg16-397923af.pth")
     torch.save(filled(public_keys("lpips_heads_v0.1_vgg"), 1), at / "lpips_vgg.pth")
+    torch.save(filled(public_keys("inception_fid"), 1000), at / "pt_inception-2015-12-05-6726825d.pth")
     torch.save(filled(vit_keys(24, 12, 16, 197, False), 1), at / "dino_deitsmall16_pretrain.pth")
     torch.save(filled(vit_keys(32, 2, 14, 1370, True) | {"mask_token": (1, 32)}, 1), at / "dinov2_vits14_pretrain.pth")
     _, _, case = golden(names("metrics", "siglip*")[0])
@@ -1144,7 +1295,10 @@ def test_safetensors_are_read_and_refused(tmp_path):
             "dtype": ({"a": entry("F33", [3], 0, 12)}, None), "bool": ({"a": entry("U8", [True], 0, 1)}, None),
             "huge header": (whole, 2**62), "long header": (whole, 10**6), "no json": (b"{", None), "list": ([1], None),
             "no entry": ({"a": 3}, None), "twice": (json.dumps(whole).replace('"b"', '"a"').encode(), None),
-            "overflow": ({"a": entry("F32", [2**62, 4], 0, 12)}, None), "utf8": (b"\xff\xfe", None)}.items():
+            "overflow": ({"a": entry("F32", [2**62, 4], 0, 12)}, None),
+            "empty and huge": ({"a": entry("F32", [2**40, 2**40, 0], 0, 0)}, None),
+            "beyond int64": ({"a": entry("F32", [2**63, 0], 0, 0)}, None),
+            "rank": ({"a": entry("F32", [1] * 9, 0, 4)}, None), "utf8": (b"\xff\xfe", None)}.items():
         write(header, body, length)
         with pytest.raises(SystemExit, match="is not a whole safetensors file") as error:
             data.read_safetensors(path)
@@ -1401,6 +1555,13 @@ MISTAKES = [
     ("sample", ["--labels", "unicorn", "--model", "CHAIN/out/diffusion/ckpt.pt", "--tokenizer",
                 "CHAIN/out/tokenizer/ckpt.pt"], "'unicorn' is none of the classes"),
     ("fid", ["--samples", "none.npz"], "none.npz: no such file"),
+    ("fid", ["--features", "fd"], "--features fd"),
+    ("fid", ["CHAIN/out/samples/samples.npz", "none.npz"], "none.npz: no such file"),
+    ("fid", ["CHAIN/out/samples/samples.npz", "CHAIN/out/samples/samples.npz", "--weights", "offline"],
+     "pt_inception-2015-12-05-6726825d.pth from http://127"),
+    ("fid", ["stats", "shapes", "--out", "x.npz"], "give --size"),
+    ("fid", ["stats", "empty", "--out", "x.npz"], "no images found"),
+    ("fid", ["stats", "mixed/cat", "--out", "x.json"], "must end in .npz"),
     ("fid", ["--samples", "damaged/ckpt.pt"], "is not a file of samples"),
     ("data", ["--data", "nowhere"], "--data DIR, --out DIR"),
     ("data", ["--data", "empty", "--out", "x"], "no images found"),

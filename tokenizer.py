@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from data import (
     Run,
     commit,
     fail,
+    fold_layer_scale,
     learning_rate,
     load_checkpoint,
     load_images,
@@ -110,7 +112,8 @@ class Config(Common):
     steps: int = setting(2400, "steps of stage 1")
     stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
     batch_size: int = setting(64, "images per step, over all processes", least=1)
-    micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share")
+    micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share. Batch norm, LeCam "
+                               "means and adaptive weight of an adversary are then those of each piece")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
     lr: float = setting(2e-3, "peak learning rate of AdamW")
@@ -154,12 +157,14 @@ PAPER = {   # Sec. 3 and Table 7 of the paper; [code]: not in the paper, from th
     "aux_width": 192, "aux_heads": 3, "aux_weight": 1.0,             # [code]
     "teacher_loss": "cosine",                            # [code]; Eq. 8 is "mse"
     "lpips": 1.0, "lpips_warmup": 10_000,                # the warm-up: [code]
-    "adversary": "dino", "adv_weight": 0.4, "adv_start": 30_000, "lecam": 0.001,
+    "adversary": "dino",                                 # [code] on DINO ViT-S/16; the paper's table says DINOv2-S
+    "adv_weight": 0.4, "adv_start": 30_000, "lecam": 0.001,
     "adv_norm": "batch", "diffaug": True, "consistency": 4.0,        # [code]
     "steps": 500_000, "stage2_steps": 50_000, "batch_size": 512, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95,
     "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,                          # [code]
     "log_every": 100, "save_every": 5000}                # [ours]
+# Built in: rates fall by a cosine to a tenth, mask ratios from a truncated normal [code]; stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
     "ae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"},     # the paper's ablations, at the size of quick
@@ -468,6 +473,12 @@ def random_mask(batch: int, n: int, ratio: float, generator: torch.Generator) ->
     return noise.argsort(1).argsort(1) < math.ceil(n * ratio)
 
 
+@functools.lru_cache                                     # copied to the device once, not in every step
+def sobel(device: torch.device) -> torch.Tensor:
+    gx = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=device)
+    return torch.stack([gx, gx.T])[:, None]
+
+
 HOG_BINS = 9
 HOG_DIM = 3 * HOG_BINS * 4                               # 2 x 2 cells a patch
 
@@ -481,8 +492,7 @@ def hog(x: torch.Tensor, patch: int, cell: int = 0, window: int = -1) -> torch.T
     """
     cell, window = cell or patch // 2, patch if window < 0 else window
     b, c, s, _ = x.shape
-    sobel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=x.device)
-    kernel = torch.stack([sobel, sobel.T])[:, None].repeat(c, 1, 1, 1)
+    kernel = sobel(x.device).repeat(c, 1, 1, 1)
     gx, gy = F.conv2d(F.pad(x.float(), (1, 1, 1, 1), "reflect"), kernel, groups=c).unflatten(1, (c, 2)).unbind(2)
     magnitude = torch.hypot(gx, gy)
     if window:
@@ -576,7 +586,7 @@ class ImageLoss:
         return self.adversary.state_dict() if self.adversary else {}
 
     def load_state_dict(self, state: dict) -> None:
-        if self.adversary:
+        if self.adversary and state:
             self.adversary.load_state_dict(state)
 
 
@@ -587,7 +597,7 @@ def make_image_loss(cfg: Config, run: Run) -> ImageLoss:
 
 
 def adaptive_weight(gradient, against, hidden, patch: int, run: Run) -> torch.Tensor:
-    """|d L_nll / dW| / (|d L_adv / dW| + 1e-4), at most 1e4, over the global batch; W is the decoder's last matrix.
+    """|d L_nll / dW| / (|d L_adv / dW| + 1e-4), at most 1e4, W the decoder's last matrix; over all processes' images.
 
     The last layer is linear: its gradient is the product of that at its output and its input `hidden`.
     """
@@ -629,13 +639,14 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
             with run.autocast():
                 out = parallel(x[part], mask[part], noise[part] if cfg.kl else None)
-            losses = {"kl": cfg.kl * out["kl"]} if cfg.kl else {}
+            losses, weights = ({"kl": out["kl"]}, {"kl": cfg.kl}) if cfg.kl else ({}, {})
             for name, target in targets.items():
                 where = mask[part] if cfg.mask_max else None
-                losses[name] = cfg.aux_weight * target.loss(out[name], target.features(x[part]), where)
+                losses[name], weights[name] = target.loss(out[name], target.features(x[part]), where), cfg.aux_weight
             gradient, image_terms = image_loss(out["recon"], out["hidden"], x[part], step, part)
             share = len(x[part]) / len(x)
-            (((out["recon"] * gradient).sum() + sum(losses.values())) * share).backward()
+            others = sum(weights[name] * loss for name, loss in losses.items())
+            (((out["recon"] * gradient).sum() + others) * share).backward()
             accumulate(terms, image_terms | losses, share)
             recons.append(out["recon"].detach())
         rate = learning_rate(step, cfg.steps, cfg.warmup, "cosine")
@@ -697,7 +708,7 @@ def restore(state: dict, model, ema, optimizers, image_loss=None) -> int:
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     if image_loss:
-        image_loss.load_state_dict(state["image_loss"])
+        image_loss.load_state_dict(state.get("image_loss", {}))
     return state["step"]
 
 
@@ -754,9 +765,8 @@ def augment(x: torch.Tensor, draws: dict, cutout: float) -> torch.Tensor:
         x = mean + (x - mean) * (contrast + 0.5)
     if "shift" in draws:
         rows, columns = (at + draws["shift"][..., None] + 1).clamp(0, s + 1)          # 2 x B x S into the padded image
-        image, channel = (torch.arange(k, device=x.device) for k in (b, c))
-        x = F.pad(x, (1, 1, 1, 1))[image[:, None, None, None], channel[:, None, None],
-                                   rows[:, None, :, None], columns[:, None, None, :]]
+        x = F.pad(x, (1, 1, 1, 1)).gather(2, rows[:, None, :, None].expand(b, c, s, s + 2))
+        x = x.gather(3, columns[:, None, None, :].expand(b, c, s, s))
     if "cutout" in draws:
         side = int(cutout * s + 0.5)
         first = draws["cutout"][..., None] - side // 2
@@ -886,6 +896,11 @@ class Adversary:
 
     def __init__(self, cfg: Config, run: Run, net: nn.Module | None = None):
         self.cfg, self.run, self.lecam = cfg, run, LeCam(run)
+        share = run.rows(cfg.batch_size).stop - run.rows(cfg.batch_size).start
+        pieces = -(-share // cfg.micro_batch) if cfg.micro_batch else 1
+        if cfg.adv_norm == "groups" and share % (8 * pieces):
+            fail(f"--adv-norm groups needs a multiple of 8 images at a time, not {share / pieces:g} (--batch-size "
+                 f"{cfg.batch_size}, {run.world} processes, --micro-batch {cfg.micro_batch})")
         self.net = (net or make_discriminator(cfg, run)).to(run.device).train()
         self.parallel, self.params = run.parallel(self.net), list(self.net.parameters())
         self.optimizers = make_optimizers(self.net, cfg)
@@ -897,7 +912,10 @@ class Adversary:
         if cfg.diffaug or chance == 1:
             draws = draw_augmentation(rng, cfg.batch_size, size, cutout, chance)
             rows = self.run.rows(cfg.batch_size)
-            x = augment(x, {k: v[:, rows][:, part].to(x.device) for k, v in draws.items()}, cutout)
+            draws = {k: v[:, rows][:, part].contiguous() for k, v in draws.items()}
+            if x.is_cuda:                                # pinned, so that the step need not wait for the copy
+                draws = {k: v.pin_memory().to(x.device, non_blocking=True) for k, v in draws.items()}
+            x = augment(x, draws, cutout)
         if cfg.adversary == "dino" and size > 224 and rng.random() < 0.5:
             top, left = rng.integers(0, size - 223, 2)
             x = x[:, :, top:top + 224, left:left + 224]
@@ -959,48 +977,53 @@ def from_official(weights: dict[str, torch.Tensor], enc_heads: int = 0, dec_head
     decoders the position table beside RoPE, the patch embedding, the modulation of the last norm). A key that is
     missing or left over is an error that names it.
     """
-    rope, ours = "encoder.freqs" in weights, {}
+    rope, ours = any(key.endswith(".freqs") for key in weights), {}
     unused = (".model.patch_embed.", ".model.norm.adaLN_modulation.", ".model.head.", ".model.pos_embed")[:3 + rope]
     for key, value in weights.items():
-        if "freqs_t_" in key or key.endswith("gamma") or key.startswith(("projection.", "repa_model.", "clip_model.")):
+        if "freqs_t_" in key or key.startswith(("projection.", "repa_model.", "clip_model.")):
             continue
         if not key.startswith("encoder.") and any(name in key for name in unused):
             continue
-        value, module = value.float(), key.rpartition(".")[0]
-        gamma = {"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"}.get(".".join(module.split(".")[-2:]))
-        gamma = weights.get(module.rpartition(".")[0].rpartition(".")[0] + f".{gamma}")
-        if gamma is not None:
-            value = value * (gamma[:, None] if value.ndim == 2 else gamma)
-        if key.endswith("patch_embed.proj.weight"):
-            value = value.permute(0, 2, 3, 1).flatten(1)  # to patchify's order: row, column, channel
         for old, new in RENAMED:
             key = key.replace(old, new)
-        ours[key] = value
-    widths = {name: ours[f"aux.{name}.head.weight"].shape[0] for name in TARGETS if f"aux.{name}.head.weight" in ours}
+        ours[key] = value.float().clone()                 # a copy: the file it is mapped from need not stay
+    widths = {name: len(ours[f"aux.{name}.head.weight"]) for name in TARGETS if f"aux.{name}.head.weight" in ours}
 
     def measure(side):
         return (ours[f"{side}.latent_pos_embed"].shape[-1],
                 len({k.split("blocks.")[1].split(".")[0] for k in ours if k.startswith(f"{side}.blocks.")}))
 
     try:
-        patch = math.isqrt(ours["encoder.patch_embed.weight"].shape[1] // 3)
-        rows = ours["encoder.pos_embed"].shape[1] - 1
+        fold_layer_scale(ours, "attn.proj", "mlp.fc2")
+        conv = ours["encoder.patch_embed.weight"]
+        ours["encoder.patch_embed.weight"] = conv.permute(0, 2, 3, 1).flatten(1)       # patchify's order
+        patch, rows = conv.shape[-1], ours["encoder.pos_embed"].shape[1] - 1
         (width, depth), (dec_width, dec_depth) = measure("encoder"), measure("decoder")
         aux_width, aux_depth = measure(f"aux.{next(iter(widths))}") if widths else (192, 3)
         cfg = Config(size=patch * math.isqrt(rows), patch=patch, latents=ours["encoder.latent_tokens"].shape[1],
-                     channels=ours["to_latent.weight"].shape[0], width=width, depth=depth,
+                     channels=len(ours["to_latent.weight"]), width=width, depth=depth,
                      heads=enc_heads or max(1, width // 64), dec_width=dec_width, dec_depth=dec_depth,
                      dec_heads=dec_heads or max(1, dec_width // 64), aux_width=aux_width, aux_depth=aux_depth,
                      aux_heads=aux_heads or max(1, aux_width // 64), targets=",".join(widths) or "none",
                      positions="rope" if rope else "table", dec_class_token="decoder.class_token" in ours,
                      decoder="modulated" if "decoder.blocks.0.modulation.1.weight" in ours else "plain")
+        cfg.check()
     except KeyError as error:
-        fail(f"not a released tokenizer: {error} is missing")
+        fail(f"not a released tokenizer: {official_name(error.args[0])} is missing")
+    except (ValueError, IndexError, RuntimeError, TypeError) as error:
+        fail(f"not a released tokenizer: {str(error).splitlines()[0]}")
     ours.setdefault("encoder.mask_token", torch.zeros(1, 1, width))      # models trained without masking have none
     with torch.device("meta"):
         model = Tokenizer(cfg, widths)
-    load_strictly(model, ours, "a released tokenizer")
+    load_strictly(model, ours, "a released tokenizer", official_name)
     return model.eval().requires_grad_(False), cfg
+
+
+def official_name(name: str) -> str:
+    """Our name of a parameter as the released files call it."""
+    for old, new in sorted(RENAMED, key=lambda pair: -len(pair[1])):
+        name = name.replace(new, old) if new != "." else name
+    return re.sub(r"^((?:en|de)coder\w*)\.(cls_token|pos_embed|patch_embed|blocks|norm)", r"\1.model.\2", name)
 
 
 def convert(cfg: Config, run: Run) -> None:
@@ -1017,7 +1040,7 @@ def convert(cfg: Config, run: Run) -> None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"{about} is not the config of a released tokenizer ({error})")
     model, official = from_official(read_weights(path))
-    official.data, official.out = cfg.data, cfg.out
+    official.data, official.out = cfg.data if cfg.data in NAMED else str(Path(cfg.data).absolute()), cfg.out
     out = run.claim(cfg.out, cfg.fresh)
     if (out / "ckpt.pt").exists():
         fail(f"{out / 'ckpt.pt'} is there already; give another --out, or --fresh to replace it")
@@ -1073,12 +1096,17 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int =
 def evaluate(model: Tokenizer, images: Images, run: Run, lpips=None, batch: int = 250) -> dict:
     """PSNR, SSIM and LPIPS (if given) over the validation images, uint8 to uint8, shared out over the processes."""
     sums, names = torch.zeros(4, dtype=torch.float64), ("psnr", "ssim", "lpips")
+    batch = max(1, min(batch, batch * 128**2 // images[np.arange(1)].shape[-1] ** 2))
     for i in range(batch * run.rank, len(images), batch * run.world):
         x = images[np.arange(i, min(i + batch, len(images)))].to(run.device)
-        y, nothing = reconstruct(model, x, run), torch.tensor(math.nan)
-        sums += torch.stack([psnr(x, y).sum(), ssim(x, y).sum() if x.shape[-1] > 10 else nothing,
-                             run.autocast()(lpips)(to_float(x), to_float(y)).sum() if lpips else nothing,
-                             torch.tensor(len(x))]).cpu()
+        y, scores = reconstruct(model, x, run), [math.nan] * 3
+        scores[0] = psnr(x, y).sum().item()
+        if x.shape[-1] > 10:
+            scores[1] = ssim(x, y).sum().item()
+        if lpips:
+            with run.autocast():
+                scores[2] = lpips(to_float(x), to_float(y)).sum().item()
+        sums += torch.tensor([*scores, len(x)], dtype=torch.float64)
     *totals, count = run.sum(sums.to(run.device)).tolist()
     return {name: total / count for name, total in zip(names, totals) if not math.isnan(total)}
 
@@ -1103,18 +1131,19 @@ def main():
         return convert(cfg, run)
     if cfg.data not in NAMED:
         cfg.data = str(Path(cfg.data).absolute())        # the later stages find it from any folder
-    targets, image_loss = make_targets(cfg, run), make_image_loss(cfg, run)
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
     val = load_images(cfg.data, cfg.size, "val")
     run.print(f"{cfg.data}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes")
-    flops, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()})
-    run.print(f"forward per image: {flops / 1e9:.4g} GFLOP, auxiliary decoders {aux / 1e9:.4g}; training takes three "
-              "times that; frozen networks and the discriminator come on top")
     out = run.claim(cfg.out, cfg.fresh)
     state = resume(out / "ckpt.pt", "tokenizer", cfg, {"data": train.fingerprint}, run)
-    stage = state["stage"] if state else 1
+    stage, image_loss = state["stage"] if state else 1, make_image_loss(cfg, run)
     if stage == 1:
+        targets = make_targets(cfg, run)
+        flops, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()})
+        run.print(f"forward per image: {flops / 1e9:.4g} GFLOP, auxiliary decoders {aux / 1e9:.4g}; training takes "
+                  "three times that; frozen networks and the discriminator come on top")
         model = train_stage1(cfg, run, train, targets, image_loss, state)
+        del targets                                      # the teachers' memory
         if run.main:
             save_checkpoint(out / "stage1.pt", {"kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": 1,
                                                 "step": cfg.steps, "ema": model.state_dict()})
