@@ -1531,7 +1531,7 @@ MISTAKES = [
     ("tokenizer", ["--from-official", "nowhere"], "there is no nowhere"),
     ("tokenizer", ["--from-official", "empty"], "there is no empty/model.safetensors"),
     ("tokenizer", ["--from-official", "damaged/ckpt.pt"], "is not a whole file of weights"),
-    ("tokenizer", ["--from-official", "other/ckpt.pt"], "not a released tokenizer: 'encoder.patch_embed.weight'"),
+    ("tokenizer", ["--from-official", "other/ckpt.pt"], "encoder.model.patch_embed.proj.weight is missing"),
     ("tokenizer", ["--mask-min", "0.9"], "--mask-min"),
     ("tokenizer", ["--batch-size", "0"], "--batch-size"),
     ("tokenizer", ["--data", "nowhere"], "/nowhere: no such folder"),
