@@ -969,7 +969,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
         "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights",
-        "keep_every"}                                    # may differ on resuming
+        "keep_every", "rfid", "analyse"}                 # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:
@@ -1119,6 +1119,41 @@ def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles=(), n
         sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (x, y))
         if names:
             pen.text((x + 2, y + cell + 1), names[i], "black")
+    part = Path(path).with_suffix(".part.png")
+    sheet.save(part)
+    os.replace(part, path)
+
+
+def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: str, log_x: bool = False) -> None:
+    """A picture of curves {name: [(x, y), ...]} with axes and a legend."""
+    colors = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+    points = [p for line in curves.values() for p in line]
+    scale = np.log2 if log_x else np.asarray
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    left, right = (float(scale(f(p[0] for p in points))) for f in (min, max))
+    low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
+    sheet = Image.new("RGB", (720, 420), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def place(x, y):
+        return 70 + 460 * (float(scale(x)) - left) / (right - left or 1), 370 - 330 * (y - low) / (high - low)
+
+    pen.rectangle((70, 40, 530, 370), outline="black")
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        pen.text((8, 364 - 330 * i / 4), f"{value:.4g}", "black")
+        pen.line((66, 370 - 330 * i / 4, 70, 370 - 330 * i / 4), "black")
+    for x in sorted({p[0] for p in points}):
+        pen.text((place(x, low)[0] - 8, 376), f"{x:g}", "black")
+    pen.text((250, 396), x_name, "black")
+    pen.text((8, 18), y_name, "black")
+    for i, (name, line) in enumerate(curves.items()):
+        color, spots = colors[i % len(colors)], [place(*p) for p in sorted(line)]
+        pen.line(spots, color, 2)
+        for x, y in spots:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
+        pen.rectangle((545, 45 + 18 * i, 557, 55 + 18 * i), color)
+        pen.text((562, 44 + 18 * i), name[:26], "black")
     part = Path(path).with_suffix(".part.png")
     sheet.save(part)
     os.replace(part, path)

@@ -213,8 +213,8 @@ class Inception(nn.Module):
 
 
 def load_inception(cfg, run: Run) -> Inception:
-    weights = pretrained("pt_inception-2015-12-05-6726825d", cfg.weights, "--features classifier")
-    return freeze(Inception(weights, cfg.resize), run).to(memory_format=torch.channels_last)
+    weights = pretrained("pt_inception-2015-12-05-6726825d", cfg.weights, "--features classifier or --no-rfid")
+    return freeze(Inception(weights, getattr(cfg, "resize", "tf1")), run).to(memory_format=torch.channels_last)
 
 
 class InceptionScore:
@@ -477,6 +477,100 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return score.flatten(1).mean(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents: what a linear model, the neighbours and Gaussian mixtures make of them (paper, Fig. 2a, 5a and App. B.3)
+
+
+def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
+    """Accuracy of logistic regression on the flattened, standardised latents (paper Fig. 5a)."""
+    z, v = train_z.flatten(1).double(), val_z.flatten(1).double()
+    mean, std = z.mean(0), z.std(0) + 1e-6
+    z, v = (z - mean) / std, (v - mean) / std
+    w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def objective():
+        solver.zero_grad()
+        loss = F.cross_entropy(z @ w[:-1] + w[-1], train_y) + 1e-4 * w.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return ((v @ w[:-1] + w[-1]).argmax(1) == val_y).double().mean().item()
+
+
+def knn_accuracy(train_z, train_y, val_z, val_y, classes: int, k: int = 10) -> float:
+    """Share of validation latents whose class is the commonest among their k nearest standardised training latents."""
+    z, v = train_z.flatten(1), val_z.flatten(1)
+    mean, std = z.mean(0), z.std(0) + 1e-6
+    z, v = (z - mean) / std, (v - mean) / std
+    right = 0
+    for part, y in zip(v.split(500), val_y.split(500)):
+        near = train_y[squared_distances(part, z).topk(k, largest=False).indices]
+        right += (F.one_hot(near, classes).sum(1).argmax(1) == y).sum().item()
+    return right / len(val_y)
+
+
+def principal_components(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, axes (columns, largest variance first) and the share of variance that the first 1, 2, ... axes explain."""
+    z = z.double()
+    values, vectors = torch.linalg.eigh(torch.cov(z.T))
+    values = values.flip(0).clamp(min=0)
+    return z.mean(0), vectors.flip(1), values.cumsum(0) / values.sum()
+
+
+def mixture_log_prob(x: torch.Tensor, weights, means, covariances) -> torch.Tensor:
+    """log of weight times density of each point under each Gaussian, N x K."""
+    inverse = torch.linalg.inv(torch.linalg.cholesky(covariances))               # K x d x d
+    parts = []
+    for w, m, p in zip(weights, means, inverse):
+        squares = ((x - m) @ p.T).square().sum(1)
+        parts.append(w.log() + p.diagonal().log().sum() - 0.5 * (squares + x.shape[1] * math.log(2 * math.pi)))
+    return torch.stack(parts, 1)
+
+
+def fit_mixture(x: torch.Tensor, k: int, seed: int = 0, iterations: int = 100, floor: float = 1e-3) -> tuple:
+    """Weights, means and full covariances of k Gaussians by EM in float64, started by k-means++ and ten k-means steps.
+
+    `floor` is added to the variances; the fit ends when the mean log-likelihood gains less than 1e-4.
+    """
+    x, g = x.double(), torch.Generator().manual_seed(seed)
+    centres = x[torch.randint(len(x), (1,), generator=g)]
+    while len(centres) < k:
+        nearest = squared_distances(x, centres).min(1).values
+        centres = torch.cat([centres, x[torch.multinomial(nearest + 1e-12, 1, generator=g)]])
+    for _ in range(10):
+        member = F.one_hot(squared_distances(x, centres).argmin(1), k).double()
+        count = member.sum(0)[:, None]
+        centres = torch.where(count > 0, member.T @ x / count.clamp(min=1), centres)
+    responsibility, before = member, -math.inf
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    for _ in range(iterations):
+        count = responsibility.sum(0) + 1e-9
+        weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
+        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n for m, r, n in zip(
+            means, responsibility.T, count)]) + floor * eye
+        joint = mixture_log_prob(x, weights, means, covariances)
+        total = joint.logsumexp(1)
+        responsibility = (joint - total[:, None]).exp()
+        if total.mean() - before < 1e-4:
+            break
+        before = total.mean()
+    return weights, means, covariances
+
+
+def mixture_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32, 64), seed: int = 0) -> dict[int, float]:
+    """Held-out negative log-likelihood per dimension of growing mixtures (App. B.3): PCA to `dims`, standardise."""
+    mean, axes, _ = principal_components(train_z)
+    z, v = ((x.double() - mean) @ axes[:, :dims] for x in (train_z, val_z))
+    std = z.std(0)
+    curve = {}
+    for k in tqdm(sizes, desc="mixtures", leave=False, disable=None):
+        mixture = fit_mixture(z / std, k, seed)
+        curve[k] = -mixture_log_prob(v / std, *mixture).logsumexp(1).mean().item() / dims
+    return curve
 
 
 # ---------------------------------------------------------------------------------------------------------------------

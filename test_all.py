@@ -604,6 +604,47 @@ def test_sums_do_not_depend_on_order_or_batches_by_a_bit():
     close(found[0][1], torch.cov(features.double().T), 1e-4)
 
 
+def test_mixtures_count_the_modes_of_a_mixture():
+    g = torch.Generator().manual_seed(0)
+    modes = torch.tensor([[1.0, 1, 0], [-1, 1, 0], [1, -1, 0], [-1, -1, 1]]) * 6
+    train, val = (modes[torch.randint(4, (n,), generator=g)] + torch.randn(n, 3, generator=g) for n in (2000, 1000))
+    curve = fid.mixture_curve(train, val, 3, (1, 2, 4, 8))
+    assert curve == fid.mixture_curve(train, val, 3, (1, 2, 4, 8))                    # a function of the seed
+    gains = [curve[1] - curve[2], curve[2] - curve[4], curve[4] - curve[8]]
+    assert min(gains[:2]) > 0.1 and abs(gains[2]) < 0.02
+    weights, means, covariances = fid.fit_mixture(train, 4)
+    assert sorted(weights.tolist()) == pytest.approx([0.25] * 4, abs=0.03)
+    for mean, covariance in zip(means, covariances):
+        assert (modes - mean).norm(dim=1).min() < 0.3
+        torch.testing.assert_close(covariance, torch.eye(3).double(), atol=0.25, rtol=0)
+    exact = torch.distributions.MultivariateNormal(means, covariances).log_prob(val.double()[:, None]) + weights.log()
+    close(fid.mixture_log_prob(val.double(), weights, means, covariances), exact, 1e-9)
+
+
+def test_neighbours_and_components():
+    g = torch.Generator().manual_seed(0)
+    y, v = torch.randint(3, (600,), generator=g), torch.randint(3, (300,), generator=g)
+    z, w = (5 * torch.eye(3)[c] + torch.randn(len(c), 3, generator=g) for c in (y, v))
+    assert fid.knn_accuracy(z, y, w, v, 3) > 0.95
+    assert fid.knn_accuracy(z, y[torch.randperm(600, generator=g)], w, v, 3) < 0.5
+    x = torch.randn(4000, 3, generator=g) * torch.tensor([3.0, 1, 0.1]) + 7
+    mean, axes, share = fid.principal_components(x)
+    assert mean.tolist() == pytest.approx([7] * 3, abs=0.2) and share[-1] == pytest.approx(1)
+    assert share[0].item() == pytest.approx(0.9, abs=0.02) and axes[0, 0].abs() > 0.99
+
+
+def test_latents_are_analysed_side_by_side(chain, tmp_path):
+    at, _ = chain
+    pair = f"{at / 'out/tokenizer/stage1.pt'},{at / 'out/tokenizer/ckpt.pt'}"
+    said = script("tokenizer", "--analyse", pair, "--out", "out", cwd=tmp_path).stdout
+    found = json.loads((tmp_path / "out/analysis.json").read_text())
+    rows = list(found["rows"].values())
+    assert len(rows) == 2 and "analysis.png" in said and Image.open(tmp_path / "out/analysis.png").size[0] > 300
+    for key in ("linear_probe", "knn_accuracy", "mixture_nll_per_dimension", "dimensions_for_90_percent"):
+        assert rows[0][key] == rows[1][key]              # stage 2 does not touch the latents
+    assert len(rows[0]["mixture_nll_per_dimension"]) == 7
+
+
 def test_frechet_distance_agrees_with_scipy():
     rng = np.random.default_rng(0)
     a, b = (m @ m.T + np.eye(20) for m in rng.normal(size=(2, 20, 20)))
@@ -695,7 +736,7 @@ def made_weights(tmp_path_factory):
 
 FULL = ["--size", "32", "--patch", "8", "--width", "24", "--heads", "2", "--depth", "1", "--aux-width", "16",
         "--aux-depth", "1", "--latents", "4", "--channels", "4", "--batch-size", "4", "--warmup", "2",
-        "--log-every", "1", "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1",
+        "--log-every", "1", "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1", "--rfid",
         "--lpips-warmup", "4",
         "--adversary", "dino", "--adv-start", "3", "--precision", "fp32", "--optimizer", "adamw", "--lr", "1e-4"]
 LOSSES = {"recon", "lpips", "pixel", "hog", "dinov2", "siglip", "grad"}
@@ -726,7 +767,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
         assert line.keys() == named | (AGAINST if at >= 3 else set()), line
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
     metrics = json.loads((tmp_path / "whole/metrics.json").read_text())
-    assert metrics["latents_unchanged_by_stage2"] and metrics["stage2"]["lpips"] > 0
+    assert metrics["latents_unchanged_by_stage2"] and metrics["stage2"]["lpips"] > 0 and metrics["stage2"]["rfid"] > 0
     script("tokenizer", *args, "--steps", "6", "--out", "two", cwd=tmp_path, processes=2)
     for one, two in zip(whole, log_of(tmp_path / "two")):
         for name in one.keys() - {"stage"}:
@@ -1032,11 +1073,11 @@ def test_frechet_closed_forms():
 def test_psnr_and_ssim():
     a = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     b = (a.int() + 10).clamp(max=255).to(torch.uint8)
-    apart = tokenizer.psnr(torch.zeros_like(a), torch.full_like(a, 16))
+    apart = fid.psnr(torch.zeros_like(a), torch.full_like(a, 16))
     assert apart == pytest.approx([10 * math.log10(255**2 / 256)] * 3)
-    assert tokenizer.ssim(a, a) == pytest.approx([1.0] * 3)
+    assert fid.ssim(a, a) == pytest.approx([1.0] * 3)
     metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
-    for x, y, p, s in zip(a, b, tokenizer.psnr(a, b), tokenizer.ssim(a, b)):
+    for x, y, p, s in zip(a, b, fid.psnr(a, b), fid.ssim(a, b)):
         x, y = x.numpy(), y.numpy()
         assert p == pytest.approx(metrics.peak_signal_noise_ratio(x, y), rel=1e-9)
         theirs = metrics.structural_similarity(x, y, channel_axis=0, gaussian_weights=True, sigma=1.5,
@@ -1065,7 +1106,7 @@ def test_shapes_are_a_pure_function_and_not_trivial(cache):
     assert torch.equal(train[np.arange(40)], x) and torch.equal(train.labels[:40], y)
     assert torch.bincount(val.labels).tolist() == [200] * 10
     pixels = [data.to_float(s[np.arange(n)]).flatten(1) for s, n in ((train, 8000), (val, 2000))]
-    accuracy = tokenizer.linear_probe(pixels[0], train.labels[:8000], pixels[1], val.labels, 10, iterations=20)
+    accuracy = fid.linear_probe(pixels[0], train.labels[:8000], pixels[1], val.labels, 10, iterations=20)
     assert 0.15 < accuracy < 0.45
 
 

@@ -54,6 +54,7 @@ from data import (
     read_weights,
     resume,
     save_checkpoint,
+    save_curves,
     save_grid,
     setting,
     start,
@@ -61,7 +62,21 @@ from data import (
     to_uint8,
     write_json,
 )
-from fid import VisionTransformer, freeze, load_lpips, psnr, ssim
+from fid import (
+    Made,
+    VisionTransformer,
+    frechet_distance,
+    freeze,
+    inception_statistics,
+    knn_accuracy,
+    linear_probe,
+    load_inception,
+    load_lpips,
+    mixture_curve,
+    principal_components,
+    psnr,
+    ssim,
+)
 
 TARGETS = ("pixel", "hog", "dinov2", "siglip")
 
@@ -108,6 +123,8 @@ class Config(Common):
     consistency: float = setting(4.0, "weight of its consistency under augmentation; 0: without")
     diffaug: bool = setting(True, "DiffAugment what the discriminator sees")
     weights: str = setting("", "folder of pretrained networks; what is missing is downloaded into it; empty: the cache")
+    rfid: bool = setting(False, "evaluate rFID, too (needs the Inception weights)")
+    analyse: str = setting("", "analyse the latents of these checkpoints (commas between), write to --out and stop")
     from_official: str = setting("", "convert this released checkpoint (its folder or file) to --out and stop")
     steps: int = setting(2400, "steps of stage 1")
     stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
@@ -163,7 +180,7 @@ PAPER = {   # Sec. 3 and Table 7 of the paper; [code]: not in the paper, from th
     "steps": 500_000, "stage2_steps": 50_000, "batch_size": 512, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95,
     "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,                          # [code]
-    "log_every": 100, "save_every": 5000}                # [ours]
+    "log_every": 100, "save_every": 5000, "rfid": True}  # [ours]
 # Built in: rates fall by a cosine to a tenth, mask ratios from a truncated normal [code]; stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
@@ -1074,24 +1091,6 @@ def reconstruct(model: Tokenizer, x: torch.Tensor, run: Run) -> torch.Tensor:
         return to_uint8(model.decode(model.encode(to_float(x.to(run.device)))))
 
 
-def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
-    """Accuracy of logistic regression on the flattened, standardised latents (paper Fig. 5a)."""
-    z, v = train_z.flatten(1).double(), val_z.flatten(1).double()
-    mean, std = z.mean(0), z.std(0) + 1e-6
-    z, v = (z - mean) / std, (v - mean) / std
-    w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def objective():
-        solver.zero_grad()
-        loss = F.cross_entropy(z @ w[:-1] + w[-1], train_y) + 1e-4 * w.square().sum()
-        loss.backward()
-        return loss
-
-    solver.step(objective)
-    return ((v @ w[:-1] + w[-1]).argmax(1) == val_y).double().mean().item()
-
-
 @torch.no_grad()
 def evaluate(model: Tokenizer, images: Images, run: Run, lpips=None, batch: int = 250) -> dict:
     """PSNR, SSIM and LPIPS (if given) over the validation images, uint8 to uint8, shared out over the processes."""
@@ -1129,6 +1128,8 @@ def main():
     run, began = start(cfg), time.time()
     if cfg.from_official:
         return convert(cfg, run)
+    if cfg.analyse:
+        return analyse(cfg, run)
     if cfg.data not in NAMED:
         cfg.data = str(Path(cfg.data).absolute())        # the later stages find it from any folder
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
@@ -1153,9 +1154,46 @@ def main():
     if cfg.stage2_steps:
         stage2 = train_stage2(cfg, run, train, stage1, image_loss, state if stage == 2 else None)
     metrics = {f"stage{i + 1}": evaluate(m, val, run, image_loss.lpips) for i, m in enumerate((stage1, stage2))}
+    if cfg.rfid:
+        net = load_inception(cfg, run)
+        real = inception_statistics(net, val, run)
+        for name, m in (("stage1", stage1), ("stage2", stage2)):
+            remade = inception_statistics(net, Made(len(val), lambda i, m=m: reconstruct(m, val[i], run)), run)
+            metrics[name]["rfid"] = frechet_distance(real["mu"], real["sigma"], remade["mu"], remade["sigma"])
     if run.main:
         report(cfg, run, train, val, stage1, stage2, metrics, began)
     run.barrier()
+
+
+def analyse(cfg: Config, run: Run) -> None:
+    """--analyse: linear probe, nearest neighbours and mixtures (App. B.3) of the latents of some tokenizers, compared.
+
+    All are projected to one dimension, the least that explains 90 % of the variance of each.
+    """
+    rows, latents, dims = {}, {}, 1
+    for path in cfg.analyse.split(","):
+        model, trained = load_tokenizer(path, run.device)
+        train, val = (load_images(trained.data, trained.size, split) for split in ("train", "val"))
+        (z, y), (v, u) = encode_some(model, train, run), encode_some(model, val, run)
+        rows[path] = {"latents": list(z.shape[1:]), "data": trained.data, "steps": trained.steps, "seed": trained.seed}
+        if len(train.classes) > 1:
+            both = (z, y, v, u, len(train.classes))
+            rows[path] |= {"linear_probe": linear_probe(*both), "knn_accuracy": knn_accuracy(*both)}
+        latents[path] = z.flatten(1), v.flatten(1)
+        enough = int((principal_components(latents[path][0])[2] < 0.9).sum()) + 1
+        rows[path]["dimensions_for_90_percent"] = enough
+        dims = max(dims, enough)
+    for path, (z, v) in latents.items():
+        rows[path]["mixture_nll_per_dimension"] = mixture_curve(z, v, min(dims, z.shape[1]), seed=cfg.seed)
+        run.print(path, *(f"{k} {v:.4g}" for k, v in rows[path].items() if isinstance(v, (int, float))),
+                  "mixtures", *(f"{k}:{v:.4f}" for k, v in rows[path]["mixture_nll_per_dimension"].items()))
+    out = run.claim(cfg.out)
+    if run.main:
+        write_json(out / "analysis.json", {"dimensions": dims, "rows": rows, "seed": cfg.seed, "commit": commit()})
+        save_curves(out / "analysis.png", {path: list(row["mixture_nll_per_dimension"].items())
+                                           for path, row in rows.items()},
+                    "Gaussians in the mixture", f"held-out negative log-likelihood per dimension ({dims} dims)", True)
+        run.print(f"wrote {out}/analysis.json, analysis.png")
 
 
 def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer, stage2: Tokenizer, metrics, began):
