@@ -84,8 +84,8 @@ class Config(Common):
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
     sampler: str = setting("heun", "solver for previews and the evaluation", ("euler", "heun", "sde"))
-    sampling_steps: int = setting(25, "its steps", least=1)
-    guidance: float = setting(1.5, "its guidance scale; 1: none", least=1)
+    sampling_steps: int = setting(10, "its steps", least=1)
+    guidance: float = setting(2.0, "its guidance scale; 1: none", least=1)
     guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
     guidance_high: float = setting(0.75, "... and t <= guidance_high")
     samples: int = setting(2000, "images sampled for the evaluation after training; 0: none")
@@ -374,7 +374,7 @@ class ImageNoise:
 class Sampling:
     """How to sample; everything a result depends on besides the weights."""
     sampler: str = "heun"
-    steps: int = 25
+    steps: int = 10
     guidance: float = 1.0
     low: float = 0.0
     high: float = 1.0

@@ -53,8 +53,8 @@ class Config(Common):
     labels: str = setting("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
     sampler: str = setting("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
                            ("euler", "heun", "sde"))
-    steps: int = setting(25, "steps of the sampler", least=1)
-    guidance: float = setting(1.5, "scale of classifier-free guidance; 1: none", least=1)
+    steps: int = setting(10, "steps of the sampler", least=1)
+    guidance: float = setting(2.0, "scale of classifier-free guidance; 1: none", least=1)
     guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
     guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
     batch_size: int = setting(250, "images a process makes at a time", least=1)

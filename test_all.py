@@ -464,7 +464,7 @@ def test_a_released_pair_samples(tmp_path):
     sit, y = build_sit(weights, case["args"]), torch.from_numpy(labels)
     noise = diffusion.ImageNoise(range(9), 0, sit.shape, torch.device("cpu"))()
     with torch.no_grad():
-        x = diffusion.sample_ode(diffusion.guided_velocity(sit, y, 1.5, 0.0, 0.75), noise, 3)
+        x = diffusion.sample_ode(diffusion.guided_velocity(sit, y, 2.0, 0.0, 0.75), noise, 3)
         again = data.to_uint8(model.decode(x.float() * 2 + 0.5))
     assert np.abs(again.permute(0, 2, 3, 1).numpy().astype(int) - images).max() <= 1
     for extra, message in ((["--tokenizer", "bare.pt"], "has no latent statistics"), ([], "needs --tokenizer")):
