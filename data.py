@@ -1132,7 +1132,7 @@ def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: 
     low, high = min(p[1] for p in points), max(p[1] for p in points)
     left, right = (float(scale(f(p[0] for p in points))) for f in (min, max))
     low, high = low - 0.05 * (high - low + 1e-9), high + 0.05 * (high - low + 1e-9)
-    sheet = Image.new("RGB", (720, 420), "white")
+    sheet = Image.new("RGB", (800, 420), "white")
     pen = ImageDraw.Draw(sheet)
 
     def place(x, y):
@@ -1143,8 +1143,11 @@ def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: 
         value = low + (high - low) * i / 4
         pen.text((8, 364 - 330 * i / 4), f"{value:.4g}", "black")
         pen.line((66, 370 - 330 * i / 4, 70, 370 - 330 * i / 4), "black")
+    free = 0.0                                           # where the next label has room
     for x in sorted({p[0] for p in points}):
-        pen.text((place(x, low)[0] - 8, 376), f"{x:g}", "black")
+        if place(x, low)[0] >= free:
+            pen.text((place(x, low)[0] - 8, 376), f"{x:g}", "black")
+            free = place(x, low)[0] + 26
     pen.text((250, 396), x_name, "black")
     pen.text((8, 18), y_name, "black")
     for i, (name, line) in enumerate(curves.items()):
@@ -1153,7 +1156,7 @@ def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: 
         for x, y in spots:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         pen.rectangle((545, 45 + 18 * i, 557, 55 + 18 * i), color)
-        pen.text((562, 44 + 18 * i), name[:26], "black")
+        pen.text((562, 44 + 18 * i), name[-38:], "black")
     part = Path(path).with_suffix(".part.png")
     sheet.save(part)
     os.replace(part, path)

@@ -20,6 +20,7 @@ import struct
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,20 +283,26 @@ def inception_statistics(net: Inception, images, run: Run, batch: int = 100, kee
 
 
 def in_batches(images, run: Run, batch: int):
-    """This process's share, (indices, uint8 B x 3 x H x W on the device), the next one read while one is in use."""
-    def read(start):
-        index = np.arange(start, min(start + batch, len(images)))
-        return torch.from_numpy(index), images[index]
-
-    starts = range(batch * run.rank, len(images), batch * run.world)
+    """This process's share as (indices, uint8 B x 3 x H x W on the device); files are read while a batch is in use."""
+    parts = [torch.arange(i, min(i + batch, len(images))) for i in range(batch * run.rank, len(images),
+                                                                         batch * run.world)]
     bar = tqdm(total=len(images), desc="features", unit=" images", leave=False, disable=None if run.main else True)
     with ThreadPoolExecutor(1) as pool, bar:
-        ahead = pool.submit(read, starts[0]) if len(starts) else None
-        for i in range(len(starts)):
-            index, x = ahead.result()
-            ahead = pool.submit(read, starts[i + 1]) if i + 1 < len(starts) else None
+        if isinstance(images, Made):                     # networks at work: not in another thread
+            found = (images[index.numpy()] for index in parts)
+        else:
+            found = ahead(pool, lambda index: images[index.numpy()], parts)
+        for index, x in zip(parts, found):
             yield index, x.to(run.device)
             bar.update(len(index) * run.world)
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable, parts: list):
+    """Results of work(part) in order, the next one under way while one is in use."""
+    waiting = [pool.submit(work, part) for part in parts[:1]]
+    for i in range(len(parts)):
+        waiting += [pool.submit(work, part) for part in parts[i + 1:i + 2]]
+        yield waiting.pop(0).result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
