@@ -1005,20 +1005,36 @@ def array_file(path: Path, shape: tuple, dtype) -> np.ndarray:
         part = path.with_name(path.name + ".part")
         np.lib.format.open_memmap(part, "w+", dtype, shape).flush()
         os.replace(part, path)
-    return np.load(path, mmap_mode="r+")
+    return np.load(path, mmap_mode="r")
 
 
 class Chunks:
     """An array file filled in chunks of rows, shared out over the processes and restartable.
 
-    Iterating gives this process's undone (start, stop); a chunk written into `array` is flushed and marked in done.npy
-    when the loop comes back for the next one. The loop ends when all processes are through.
+    Iterating gives this process's undone (start, stop), for which to call `write`; done.npy marks what is on disk.
+    The loop ends when all processes are through; then `array` holds all rows. Rows are written at their place in the
+    file, not through shared memory pages, which two machines on one network disk would overwrite for each other.
     """
 
     def __init__(self, path: Path, shape: tuple, dtype, chunk: int, run: Run, what: str):
-        self.n, self.chunk, self.run, self.what = shape[0], chunk, run, what
+        self.n, self.chunk, self.run, self.what, self.path = shape[0], chunk, run, what, path
         files = ((path, shape, dtype), (path.with_name("done.npy"), (-(-self.n // chunk),), np.uint8))
         self.array, self.done = run.first(lambda: [array_file(*file) for file in files])
+
+    def write(self, start: int, rows: np.ndarray) -> None:
+        """Put rows at `start` on the disk, then mark them as done."""
+        row, marks = self.array[:1].nbytes, self.path.with_name("done.npy")
+        try:
+            for path, content, at in ((self.path, rows.astype(self.array.dtype), self.array.offset + start * row),
+                                      (marks, np.ones(1, np.uint8), self.done.offset + start // self.chunk)):
+                with open(path, "r+b", buffering=0) as file:
+                    file.seek(at)
+                    content = memoryview(np.ascontiguousarray(content)).cast("B")
+                    while content:
+                        content = content[file.write(content):]
+                    os.fsync(file.fileno())
+        except OSError as error:
+            fail(f"cannot write {self.path}: {error.strerror}; what is done is kept, run the same command again")
 
     def __iter__(self):
         mine = [c for c in range(len(self.done)) if c % self.run.world == self.run.rank and not self.done[c]]
@@ -1027,12 +1043,10 @@ class Chunks:
         for c in mine:
             start, stop = c * self.chunk, min((c + 1) * self.chunk, self.n)
             yield start, stop
-            self.array.flush()
-            self.done[c] = 1
-            self.done.flush()
             bar.update(stop - start)
         bar.close()
         self.run.barrier()
+        self.array = np.load(self.path, mmap_mode="r")
 
 
 def write_json(path: Path, facts: dict) -> None:

@@ -430,12 +430,12 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
         one = tokenizer.encode(to_float(images[np.arange(1)].to(run.device)))
         shape = (len(images), 2, *one.shape[1:])
         chunks = Chunks(folder / "latents.npy", shape, np.float16, chunk, run, "encoding")
-        latents = chunks.array
         for i, j in chunks:
             x = to_float(images[np.arange(i, j)].to(run.device))
-            for side, view in enumerate((x, x.flip(3))):
-                with run.autocast():
-                    latents[i:j, side] = tokenizer.encode(view).float().cpu().numpy()
+            with run.autocast():
+                both = torch.stack([tokenizer.encode(view) for view in (x, x.flip(3))], 1)
+            chunks.write(i, both.float().cpu().numpy())
+        latents = chunks.array
         if run.main:
             total, squares = 0.0, 0.0
             for i in range(0, len(latents), 4096):
@@ -549,15 +549,15 @@ def load_official(path: str, tokenizer: str, device: torch.device) -> tuple[SiT,
     if statistics.keys() != {"mean", "std"}:
         fail(f"{tokenizer} has no latent statistics: convert it with the config.json that was released beside it")
     try:
-        heads = int(json.loads(about.read_text())["num_heads"]) if about.exists() else 0
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        heads = int(json.loads(about.read_text()).get("num_heads") or 0) if about.exists() else 0
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"{about} is not the config of a released SiT ({type(error).__name__}: {error})")
     model = from_official(read_weights(file), heads)
     weights = {k: v for k, v in state["ema"].items() if k.startswith(("encoder.", "to_latent."))}
     facts = {name: [statistics[name]] * model.shape[1] for name in ("mean", "std")} | {
         "classes": [str(c) for c in range(model.null)], "shape": list(model.shape), "size": state["config"]["size"],
         "data": "", "step": 0, "tokenizer_weights": fingerprint(weights)}
-    return model.to(device), Config(tokenizer=tokenizer), facts
+    return model.to(device), Config(tokenizer=tokenizer, path="cosine"), facts
 
 
 def latent_decoder(tokenizer: Tokenizer, mean: torch.Tensor, std: torch.Tensor):
@@ -582,7 +582,7 @@ def main():
     mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
     decode = latent_decoder(tokenizer, mean, std)
     classes = len(images.classes)
-    guidance = cfg.guidance if classes > 1 else 1.0      # without classes there is nothing to guide to
+    guidance = cfg.guidance if classes > 1 and cfg.label_dropout else 1.0       # else there is no null class
     how = Sampling(cfg.sampler, cfg.sampling_steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
     flops = forward_flops(*facts["shape"], cfg.width, cfg.depth, cfg.style)
     run.print(f"latents of {len(images)} images: {' x '.join(map(str, facts['shape']))}, std {min(meta['std']):.2f} to "

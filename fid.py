@@ -116,8 +116,10 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
-    return max(0.0, distance.item())
+    distance = ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+    if not math.isfinite(distance):
+        fail("a Frechet distance is not finite: the features or the statistics hold NaN or infinity")
+    return max(0.0, distance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,7 +175,6 @@ class Inception(nn.Module):
                 conv.load_state_dict({"weight": w * scale[:, None, None, None], "bias": beta - mean * scale})
                 self.convs[name.replace(".", "/")] = conv
             self.register_buffer("fc", weights["fc.weight"].float())
-            self.register_buffer("fc_bias", weights["fc.bias"].float())
         except (KeyError, RuntimeError) as error:
             fail(f"not the weights of FID's Inception: {' '.join(str(error).split())[:200]}")
         if len(self.convs) != 94:
@@ -209,8 +210,9 @@ class Inception(nn.Module):
             if block == "6d":
                 spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
             x = torch.cat(parts, 1)
-        pool = x.float().mean((2, 3))
-        return pool, spatial, pool @ self.fc.T
+        with torch.autocast(x.device.type, enabled=False):
+            pool = x.float().mean((2, 3))
+            return pool, spatial, pool @ self.fc.T
 
 
 def load_inception(cfg, run: Run) -> Inception:
@@ -265,21 +267,27 @@ def precision_recall(reference: torch.Tensor, samples: torch.Tensor, k: int = 3,
 
 
 @torch.no_grad()
-def inception_statistics(net: Inception, images, run: Run, batch: int = 100, keep: bool = False) -> dict:
-    """mu, sigma, mu_s, sigma_s and the Inception Score of uint8 images; with `keep` the pool features, n x 2048."""
+def inception_statistics(net: Inception, images, run: Run, batch: int = 100, keep: int = 0) -> dict:
+    """mu, sigma, mu_s, sigma_s and the Inception Score of uint8 images; pool features of at most `keep` of them."""
     n, pool, spatial = len(images), Moments(2048, run.device), Moments(2023, run.device)
-    score, kept = InceptionScore(n, run.device), torch.zeros(n if keep else 0, 2048, device=run.device)
+    chosen = evenly(n, keep)
+    score, kept = InceptionScore(n, run.device), torch.zeros(len(chosen), 2048, device=run.device)
     for index, x in in_batches(images, run, batch):
         with run.autocast():
             p, s, logits = net(x)
         pool.add(p)
         spatial.add(s)
         score.add(index, logits)
-        if keep:
-            kept[index.to(run.device)] = p
+        wanted = torch.isin(index, chosen)
+        kept[torch.searchsorted(chosen, index[wanted]).to(run.device)] = p[wanted.to(run.device)]
     (mu, sigma), (mu_s, sigma_s) = pool.finish(run), spatial.finish(run)
     found = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "inception_score": score.finish(run), "n": n}
     return found | ({"features": run.sum(kept)} if keep else {})
+
+
+def evenly(n: int, most: int) -> torch.Tensor:
+    """Numbers of at most `most` of n images, evenly spaced."""
+    return torch.from_numpy(np.linspace(0, n - 1, min(n, most)).astype(int))
 
 
 def in_batches(images, run: Run, batch: int):
@@ -544,16 +552,18 @@ def fit_mixture(x: torch.Tensor, k: int, seed: int = 0, iterations: int = 100, f
     `floor` is added to the variances; the fit ends when the mean log-likelihood gains less than 1e-4.
     """
     x, g = x.double(), torch.Generator().manual_seed(seed)
+    if len(x) < 2 * k:
+        fail(f"{len(x)} latents are too few for a mixture of {k} Gaussians")
     centres = x[torch.randint(len(x), (1,), generator=g)]
     while len(centres) < k:
         nearest = squared_distances(x, centres).min(1).values
-        centres = torch.cat([centres, x[torch.multinomial(nearest + 1e-12, 1, generator=g)]])
+        centres = torch.cat([centres, x[torch.multinomial(nearest.cpu() + 1e-12, 1, generator=g)]])
     for _ in range(10):
         member = F.one_hot(squared_distances(x, centres).argmin(1), k).double()
         count = member.sum(0)[:, None]
         centres = torch.where(count > 0, member.T @ x / count.clamp(min=1), centres)
     responsibility, before = member, -math.inf
-    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(iterations):
         count = responsibility.sum(0) + 1e-9
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
@@ -572,7 +582,7 @@ def mixture_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32, 64), see
     """Held-out negative log-likelihood per dimension of growing mixtures (App. B.3): PCA to `dims`, standardise."""
     mean, axes, _ = principal_components(train_z)
     z, v = ((x.double() - mean) @ axes[:, :dims] for x in (train_z, val_z))
-    std = z.std(0)
+    std = z.std(0).clamp(min=1e-9)                        # a dead channel stays where it is
     curve = {}
     for k in tqdm(sizes, desc="mixtures", leave=False, disable=None):
         mixture = fit_mixture(z / std, k, seed)
@@ -716,13 +726,15 @@ def npz_array(path: Path, name: str) -> np.ndarray:
 NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, struct.error, NotImplementedError)
 
 
-def load_samples(path: Path) -> tuple[Images, torch.Tensor | None, dict]:
+def load_samples(path: Path, reference: bool = False) -> tuple[Images, torch.Tensor | None, dict]:
     """Images of an npz file, their labels or None, and the facts sample.py stored with them."""
     try:
         pixels = npz_array(path, "arr_0")
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
             raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
         with np.load(path) as file:
+            if "mu" in file and not reference:
+                raise ValueError("it holds the statistics of a reference: give it second, as B")
             labels = torch.from_numpy(file["labels"]) if "labels" in file else None
             facts = json.loads(str(file["facts"])) if "facts" in file else {}
         if labels is not None and labels.shape != (len(pixels),):
@@ -738,7 +750,7 @@ class Folder:
     """Image files of one size below a folder, read by a few threads when they are asked for."""
 
     def __init__(self, root: Path):
-        self.root, self.names, self.pool = root, find_images(root), ThreadPoolExecutor(4)
+        self.root, self.names, self.pool, self.shapes = root, find_images(root), ThreadPoolExecutor(4), set()
         if not self.names:
             fail(f"{root}: no images found")
 
@@ -750,10 +762,10 @@ class Folder:
             images = list(self.pool.map(lambda i: read_image(self.root / self.names[i], 0), index))
         except READ_ERRORS as error:
             fail(f"{self.root}: an image is unreadable: {error}")
-        sizes = {image.shape for image in images}
-        if len(sizes) > 1:
-            fail(f"{self.root}: images of several sizes, as {min(sizes)} and {max(sizes)}; crop them to one: "
-                 "data.py --data DIR --size S --out PACKED, and give PACKED")
+        self.shapes |= {image.shape for image in images}
+        if len(self.shapes) > 1:
+            fail(f"{self.root}: images of several sizes, as {min(self.shapes)} and {max(self.shapes)}; crop them to "
+                 "one: data.py --data DIR --size S --out PACKED, and give PACKED")
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
@@ -767,19 +779,26 @@ def open_set(name: str, size: int, run: Run) -> tuple:
                 stored = {k: torch.from_numpy(file[k]).double() for k in names}
                 pixels = "arr_0" in file
                 n = int(file["n"]) if "n" in file else 0
-            for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
-                if (mean in stored or cov in stored) and stored[cov].shape != (*stored[mean].shape, len(stored[mean])):
-                    raise ValueError(f"{mean} and {cov} do not fit")
+            for mean, cov, width in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
+                if (mean in stored or cov in stored or mean == "mu" and stored) and not (
+                        stored[mean].shape == (width,) and stored[cov].shape == (width, width)):
+                    raise ValueError(f"{mean} and {cov} must have {width} and {width} x {width} numbers")
+            if not all(value.isfinite().all() for value in stored.values()):
+                raise ValueError("its statistics are not finite")
             if not stored and not pixels:
                 raise ValueError("neither arr_0 nor mu and sigma are in it")
         except FileNotFoundError:
             fail(f"{path}: no such file")
         except NPZ_ERRORS as error:
             fail(f"{path} is not a file of images or statistics ({error})")
-        return load_samples(path)[0] if pixels else None, stored | ({"n": n} if stored else {})
-    if name in NAMED or (path / "meta.json").is_file():
-        if (path / "meta.json").is_file():
-            size = json.loads((path / "meta.json").read_text())["size"]
+        return load_samples(path, True)[0] if pixels else None, stored | ({"n": n} if stored else {})
+    try:
+        packed = json.loads((path / "meta.json").read_text()) if (path / "meta.json").is_file() else {}
+        packed = packed if "fingerprint" in packed else {}
+        size = packed["size"] if packed else size
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{path / 'meta.json'} is not that of a packed data set ({type(error).__name__})")
+    if name in NAMED or packed:
         if not size:
             fail(f"{name} is a data set without a size of its own: give --size")
         return run.first(lambda: load_images(name, size, "train")), {}
@@ -789,12 +808,17 @@ def open_set(name: str, size: int, run: Run) -> tuple:
 
 
 def compare(cfg: Config, run: Run, a, b, stored: dict) -> dict:
-    """FID, sFID, IS, precision and recall, or fd_dinov2, of images a against images b or stored statistics."""
+    """FID, sFID, IS, precision and recall, or fd_dinov2, of images a against images b or stored statistics.
+
+    Precision and recall take 10,000 evenly spaced images of a larger b, as many as ADM's reference files hold.
+    """
     metrics, wanted = {}, cfg.features.split(",")
+    if "dinov2" in wanted and b is None:
+        fail("--features dinov2 needs the images of the set B, not its Inception statistics")
     if "fid" in wanted:
         net = load_inception(cfg, run)
-        ours = inception_statistics(net, a, run, cfg.batch_size, keep=b is not None)
-        theirs = inception_statistics(net, b, run, cfg.batch_size, keep=True) if b is not None else {}
+        ours = inception_statistics(net, a, run, cfg.batch_size, keep=len(a) if b is not None else 0)
+        theirs = inception_statistics(net, b, run, cfg.batch_size, keep=10_000) if b is not None else {}
         against = theirs | stored                        # what is stored is of the whole set, its images may be a few
         metrics["fid"] = frechet_distance(ours["mu"], ours["sigma"], against["mu"], against["sigma"])
         if "mu_s" in against:
@@ -802,10 +826,10 @@ def compare(cfg: Config, run: Run, a, b, stored: dict) -> dict:
         metrics["inception_score"] = ours["inception_score"]
         if theirs:
             metrics["precision"], metrics["recall"] = precision_recall(theirs["features"], ours["features"])
-        metrics |= {"resize": cfg.resize, "n_reference": int(against["n"]) or None}
+            metrics["n_reference_precision"] = len(theirs["features"])
+        metrics |= {"resize": cfg.resize, "n_reference": int(against["n"]) or None,
+                    "inception": "pt_inception-2015-12-05-6726825d"}
     if "dinov2" in wanted:
-        if b is None:
-            fail("--features dinov2 needs the images of the set B, not its Inception statistics")
         net = VisionTransformer(pretrained("dinov2_vitl14_pretrain", cfg.weights, "--features fid"), "dinov2")
         both = [dino_moments(freeze(net, run), images, run, cfg.batch_size) for images in (a, b)]
         metrics["fd_dinov2"] = frechet_distance(*both[0], *both[1])
@@ -830,7 +854,7 @@ def write_statistics(cfg: Config, run: Run) -> None:
         fail(f"fid.py stats {cfg.stats} --out REF.npz: the set must have images, and --out must end in .npz")
     found = inception_statistics(load_inception(cfg, run), images, run, cfg.batch_size)
     if run.main:
-        some = np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int)
+        some = evenly(len(images), 10_000).numpy()
         pixels = np.concatenate([images[part].permute(0, 2, 3, 1).numpy() for part in np.array_split(
             some, -(-len(some) // 500))])
         part, out = Path(cfg.out + ".part.npz"), Path(cfg.out)
@@ -866,24 +890,25 @@ def main():
     data, size = cfg.data or facts.get("data", ""), cfg.size or images[np.arange(1)].shape[-1]
     if not data:
         fail(f"{cfg.samples} does not name its data set; give --data")
-    metrics = {"samples": {"images": len(images)}}
+    metrics, out = {"samples": {"images": len(images), "size": images[np.arange(1)].shape[-1]}}, Path(cfg.out)
+    if not cfg.out:
+        out = Path(cfg.samples).absolute().with_name("metrics.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    train = run.first(lambda: load_images(data, size, "train")) if "classifier" in cfg.features else None
     if set(cfg.features.split(",")) - {"classifier"}:
         reference, stored = open_set(data, size, run)
         metrics["samples"] |= compare(cfg, run, images, reference, stored)
-        if len(images) < 2048 and "fid" in metrics["samples"]:
-            run.print(f"only {len(images)} images: fewer than features, so the FID is biased upwards, strongly")
-    if "classifier" in cfg.features:
-        train = run.first(lambda: load_images(data, size, "train"))
-        if len(train.classes) == 1:
-            run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
-            return None
+        if min(len(images), metrics["samples"].get("n_reference") or 2048) < 2048 and "fid" in cfg.features:
+            run.print("fewer than 2,048 images, as many as there are features: the FID is biased upwards, strongly")
+    if train and len(train.classes) == 1:
+        run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
+    elif train:
         judge = Judge(train, load_images(data, size, "val"), run)
         metrics["samples"] |= judge(images, labels)
         metrics["validation_images"] = judge.reference
     metrics |= {"features": cfg.features, "against": data, "sampling": facts, "precision": run.precision,
-                "weights": cfg.weights, "commit": commit(), "seconds": round(time.time() - began)}
+                "commit": commit(), "seconds": round(time.time() - began)}
     if run.main:
-        out = Path(cfg.out) if cfg.out else Path(cfg.samples).with_name("metrics.json")
         write_json(out, metrics)
         rows = {"samples": metrics["samples"], "real validation images": metrics.get("validation_images")}
         for name, row in rows.items():

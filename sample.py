@@ -8,6 +8,7 @@ Image number i is a function of the weights, the settings and (seed, i), whateve
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data import (
     Run,
     commit,
     fail,
+    load_checkpoint,
     parse_config,
     save_grid,
     setting,
@@ -45,7 +47,8 @@ class Config(Common):
     from_official: str = setting("", "a released SiT (folder or file) in place of --model; needs --tokenizer")
     tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
     guide: str = setting("", "autoguidance: an earlier or smaller checkpoint of diffusion.py instead of the null class")
-    path: str = setting("", "interpolation of the SDE sampler; empty: as trained, for released models linear",
+    path: str = setting("", "interpolation of the SDE sampler; empty: as trained; for released models cosine, which "
+                        "their demos use, though nothing published says what they were trained on",
                         ("linear", "cosine"))
     out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
     n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)",
@@ -90,8 +93,12 @@ def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarra
 
 def main():
     cfg, began = parse_config(Config, PRESETS, __doc__), time.time()
+    if cfg.from_official and "--preset" not in " ".join(sys.argv):   # then the paper's settings for its size
+        size = load_checkpoint(cfg.tokenizer, "tokenizer")["config"]["size"]
+        preset = "paper512" if size == 512 else "paper256"
+        cfg = parse_config(Config, PRESETS, __doc__, [*sys.argv[1:], "--preset", preset])
     run = start(cfg)
-    name, guide, path = cfg.from_official or cfg.model, None, cfg.path
+    name, guide = cfg.from_official or cfg.model, None
     if cfg.from_official:
         model, trained, state = load_official(cfg.from_official, cfg.tokenizer, run.device)
     else:
@@ -101,10 +108,14 @@ def main():
     if fingerprint(tokenizer.state_dict()) != state["tokenizer_weights"]:
         fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {name} was trained on")
     if cfg.guide:
-        guide, _, other = load_diffusion(cfg.guide, run.device)
-        for fact in ("tokenizer_weights", "classes", "mean", "std"):
-            if other[fact] != state[fact]:
+        guide, guide_cfg, other = load_diffusion(cfg.guide, run.device)
+        same = {fact: other[fact] == state[fact] for fact in ("tokenizer_weights", "classes")}
+        same |= {fact: np.allclose(other[fact], state[fact], rtol=1e-2, atol=1e-2) for fact in ("mean", "std")}
+        for fact, ok in (same | {"path": guide_cfg.path == trained.path}).items():
+            if not ok:
                 fail(f"--guide {cfg.guide} cannot guide {name}: it was trained with another {fact.replace('_', ' ')}")
+    elif cfg.guidance > 1 and not trained.label_dropout:
+        fail(f"{name} was trained without dropped labels and has no null class: give --guidance 1, or --guide")
     for net in (model, guide) if cfg.compile else ():
         net is None or net.compile()
     mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
@@ -127,9 +138,12 @@ def main():
         np.savez(part, arr_0=images, labels=labels, classes=np.array(classes), facts=np.array(json.dumps(facts)))
         part.replace(out / "samples.npz")
         if cfg.png:
-            (out / "png").mkdir(exist_ok=True)
+            for folder in ("png", "png.part"):           # none of an earlier, larger run may stay
+                shutil.rmtree(out / folder, ignore_errors=True)
+            (out / "png.part").mkdir()
             for i, image in enumerate(images):
-                Image.fromarray(np.asarray(image)).save(out / f"png/{i:06d}.png")
+                Image.fromarray(np.asarray(image)).save(out / f"png.part/{i:06d}.png")
+            (out / "png.part").rename(out / "png")
         shown = min(cfg.n, 80)
         columns = min(10, len(classes) if len(classes) > 1 else 8)
         save_grid(out / "grid.png", torch.from_numpy(np.array(images[:shown])).permute(0, 3, 1, 2), columns,
@@ -154,7 +168,7 @@ def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.nda
     shape = (cfg.n, facts["size"], facts["size"], 3)
     chunks = Chunks(folder / "images.npy", shape, np.uint8, cfg.batch_size, run, "sampling")
     for i, j in chunks:
-        chunks.array[i:j] = make(i, j).permute(0, 2, 3, 1).numpy()
+        chunks.write(i, make(i, j).permute(0, 2, 3, 1).numpy())
     return chunks.array
 
 

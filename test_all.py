@@ -531,7 +531,10 @@ def test_resize_agrees_with_tensorflow(name):
 
 @pytest.fixture(scope="session")
 def inception():
-    return fid.Inception(filled(public_keys("inception_fid"), 1000)).eval()
+    weights = filled(public_keys("inception_fid"), 1000)
+    net = fid.Inception(weights).eval()
+    net.bias = weights["fc.bias"]                        # of the logits of classification, which no score uses
+    return net
 
 
 @pytest.mark.parametrize("name", names("metrics", "inception*"))
@@ -544,7 +547,7 @@ def test_inception_agrees_with_both_references(name, inception):
         inception.resize = "tf1" if kind == "tf1" else "pytorch-fid"
         pool, spatial, logits = inception(t[f"img_{size}"].permute(0, 3, 1, 2))
         for found, what in ((pool, "pool"), (spatial, "spatial"), (logits, "logits_nobias"),
-                            (logits + inception.fc_bias, "logits")):
+                            (logits + inception.bias, "logits")):
             torch.testing.assert_close(found, t[f"{what}_{size}_{kind}"], atol=2e-4, rtol=0)
     inception.resize = "tf1"
 
@@ -553,7 +556,7 @@ def test_inception_agrees_with_both_references(name, inception):
 def test_the_whole_suite_agrees_end_to_end(name, inception):
     t, _, _ = golden(name)
     sets = [data.Images(x.numpy(), torch.zeros(len(x)), [], "") for x in (t["img_ref"], t["img_smp"])]
-    ref, smp = (fid.inception_statistics(inception, images, cpu_run(), 16, keep=True) for images in sets)
+    ref, smp = (fid.inception_statistics(inception, images, cpu_run(), 16, keep=99) for images in sets)
     assert fid.frechet_distance(ref["mu"], ref["sigma"], smp["mu"], smp["sigma"]) == pytest.approx(t["fid"], rel=1e-5)
     sfid = fid.frechet_distance(ref["mu_s"], ref["sigma_s"], smp["mu_s"], smp["sigma_s"])
     assert sfid == pytest.approx(t["sfid"], rel=1e-5)
@@ -653,7 +656,7 @@ def test_frechet_distance_agrees_with_scipy():
     assert fid.frechet_distance(mean, a, 0 * mean, b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fid_command_line(tmp_path, made_weights, cache):
+def test_fid_command_line(tmp_path, made_weights, cache, monkeypatch):
     """A B, stats, reference statistics instead of images, a folder of PNGs, a packed set: one number."""
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for n in (12, 14))
@@ -674,16 +677,33 @@ def test_fid_command_line(tmp_path, made_weights, cache):
     rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in (1, 2, 3)]
     first = rows[0]["samples"]
     assert {"fid", "sfid", "inception_score", "precision", "recall", "resize", "n_reference"} < first.keys()
-    assert first["images"] == 12 and first["n_reference"] == 14 and rows[0]["precision"] == "fp32"
+    assert first["images"] == 12 and first["n_reference_precision"] == 14 and first["n_reference"] == 14
+    assert rows[0]["precision"] == "fp32"
     for row in rows[1:]:
         for key in row["samples"].keys() & {"fid", "sfid", "inception_score", "precision", "recall"}:
             assert row["samples"][key] == pytest.approx(first[key], rel=1e-3), key
     assert "sfid" not in rows[2]["samples"] and "precision" not in rows[2]["samples"]
     Image.new("RGB", (9, 9)).save(tmp_path / "folder/odd.png")
+    with np.load(tmp_path / "ref.npz") as z:
+        stored = dict(z)
+    for name, change in (("nan", {"mu": stored["mu"] * np.nan}), ("narrow", {"mu": stored["mu"][:64]})):
+        np.savez(tmp_path / f"{name}.npz", **(stored | change))
+    np.savez(tmp_path / "half.npz", mu_s=stored["mu_s"], sigma_s=stored["sigma_s"])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/meta.json").write_text("[3")
     for args, message in ((["a.npz", "folder"], "images of several sizes"), (["a.npz", "nowhere"], "no such file"),
-                          (["folder/odd.png", "a.npz"], "is not a file of samples")):
-        done = script("fid", *args, *weights, cwd=tmp_path, check=False)
-        assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+                          (["folder/odd.png", "a.npz"], "is not a file of samples"),
+                          (["ref.npz", "a.npz"], "give it second, as B"), (["a.npz", "nan.npz"], "not finite"),
+                          (["a.npz", "narrow.npz"], "2048 and 2048 x 2048"), (["a.npz", "half.npz"], "'mu'"),
+                          (["a.npz", "foreign"], "meta.json is not that of a packed data set"),
+                          (["a.npz", "only.npz", "--features", "dinov2"], "needs the images of the set B")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["fid.py", *args, *map(str, weights)])
+        with pytest.raises(SystemExit) as error:
+            fid.main()
+        assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    with pytest.raises(SystemExit, match="not finite"):
+        fid.frechet_distance(torch.full([3], math.nan), torch.eye(3), torch.zeros(3), torch.eye(3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1499,7 +1519,7 @@ def test_two_processes_train_as_one(chain, tmp_path):
         assert np.abs(np.array(a) / np.array(b) - 1).max() < 1e-4
 
 
-def test_lightning_trains_and_an_earlier_checkpoint_guides(chain, tmp_path):
+def test_lightning_trains_and_an_earlier_checkpoint_guides(chain, tmp_path, monkeypatch):
     at, _ = chain
     script("diffusion", *TINY_SIT, "--steps", "6", "--keep-every", "3", "--samples", "0", "--style", "lightning",
            "--cosine-loss", "1", "--tokenizer", at / "out/tokenizer/ckpt.pt", cwd=tmp_path)
@@ -1509,9 +1529,15 @@ def test_lightning_trains_and_an_earlier_checkpoint_guides(chain, tmp_path):
     plain, guided = (np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("plain", "guided"))
     assert not np.array_equal(plain, guided)
     state = torch.load(tmp_path / "out/diffusion/step-3.pt", weights_only=True)
-    data.save_checkpoint(tmp_path / "other.pt", state | {"mean": [0.0] * 4})
-    done = script("sample", *args, "--guide", "other.pt", cwd=tmp_path, check=False)
-    assert done.returncode == 1 and "it was trained with another mean" in done.stderr
+    data.save_checkpoint(tmp_path / "other.pt", state | {"mean": [9.0] * 4})
+    data.save_checkpoint(tmp_path / "cosine.pt", state | {"config": state["config"] | {"path": "cosine"}})
+    data.save_checkpoint(tmp_path / "no-null.pt", state | {"config": state["config"] | {"label_dropout": 0.0}})
+    for more, message in ((["--guide", "other.pt"], "another mean"), (["--guide", "cosine.pt"], "another path"),
+                          (["--model", "no-null.pt"], "has no null class")):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["sample.py", *args, *more])
+        with pytest.raises(SystemExit, match=message):
+            sample.main()
 
 
 def test_a_flat_folder_goes_through_all_scripts(cache, tmp_path):

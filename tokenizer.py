@@ -1138,6 +1138,8 @@ def main():
     out = run.claim(cfg.out, cfg.fresh)
     state = resume(out / "ckpt.pt", "tokenizer", cfg, {"data": train.fingerprint}, run)
     stage, image_loss = state["stage"] if state else 1, make_image_loss(cfg, run)
+    exact = dataclasses.replace(run, precision="fp32")
+    inception = load_inception(cfg, exact) if cfg.rfid else None
     if stage == 1:
         targets = make_targets(cfg, run)
         flops, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()})
@@ -1154,11 +1156,11 @@ def main():
     if cfg.stage2_steps:
         stage2 = train_stage2(cfg, run, train, stage1, image_loss, state if stage == 2 else None)
     metrics = {f"stage{i + 1}": evaluate(m, val, run, image_loss.lpips) for i, m in enumerate((stage1, stage2))}
-    if cfg.rfid:
-        net = load_inception(cfg, run)
-        real = inception_statistics(net, val, run)
+    if inception:
+        real = inception_statistics(inception, val, exact)
         for name, m in (("stage1", stage1), ("stage2", stage2)):
-            remade = inception_statistics(net, Made(len(val), lambda i, m=m: reconstruct(m, val[i], run)), run)
+            made = Made(len(val), lambda i, m=m: reconstruct(m, val[i], run))
+            remade = inception_statistics(inception, made, exact)
             metrics[name]["rfid"] = frechet_distance(real["mu"], real["sigma"], remade["mu"], remade["sigma"])
     if run.main:
         report(cfg, run, train, val, stage1, stage2, metrics, began)
@@ -1170,9 +1172,15 @@ def analyse(cfg: Config, run: Run) -> None:
 
     All are projected to one dimension, the least that explains 90 % of the variance of each.
     """
-    rows, latents, dims = {}, {}, 1
+    out = run.claim(cfg.out)
+    if not run.main:
+        return
+    rows, latents, dims, first = {}, {}, 1, None
     for path in cfg.analyse.split(","):
         model, trained = load_tokenizer(path, run.device)
+        first = first or trained
+        if (trained.data, trained.size) != (first.data, first.size):
+            fail(f"--analyse: {path} is of {trained.data}, {trained.size} px, not {first.data}, {first.size} px")
         train, val = (load_images(trained.data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = encode_some(model, train, run), encode_some(model, val, run)
         rows[path] = {"latents": list(z.shape[1:]), "data": trained.data, "steps": trained.steps, "seed": trained.seed}
@@ -1184,16 +1192,17 @@ def analyse(cfg: Config, run: Run) -> None:
         rows[path]["dimensions_for_90_percent"] = enough
         dims = max(dims, enough)
     for path, (z, v) in latents.items():
-        rows[path]["mixture_nll_per_dimension"] = mixture_curve(z, v, min(dims, z.shape[1]), seed=cfg.seed)
+        if z.shape[1] < dims:
+            fail(f"--analyse: {path} has {z.shape[1]} numbers per image, fewer than the {dims} that another needs")
+        z, v = z.to(run.device), v.to(run.device)
+        rows[path]["mixture_nll_per_dimension"] = mixture_curve(z, v, dims, seed=cfg.seed)
         run.print(path, *(f"{k} {v:.4g}" for k, v in rows[path].items() if isinstance(v, (int, float))),
                   "mixtures", *(f"{k}:{v:.4f}" for k, v in rows[path]["mixture_nll_per_dimension"].items()))
-    out = run.claim(cfg.out)
-    if run.main:
-        write_json(out / "analysis.json", {"dimensions": dims, "rows": rows, "seed": cfg.seed, "commit": commit()})
-        save_curves(out / "analysis.png", {path: list(row["mixture_nll_per_dimension"].items())
-                                           for path, row in rows.items()},
-                    "Gaussians in the mixture", f"held-out negative log-likelihood per dimension ({dims} dims)", True)
-        run.print(f"wrote {out}/analysis.json, analysis.png")
+    write_json(out / "analysis.json", {"dimensions": dims, "rows": rows, "seed": cfg.seed, "commit": commit()})
+    curves = {path: list(row["mixture_nll_per_dimension"].items()) for path, row in rows.items()}
+    save_curves(out / "analysis.png", curves,
+                "Gaussians in the mixture", f"held-out negative log-likelihood per dimension ({dims} dims)", True)
+    run.print(f"wrote {out}/analysis.json, analysis.png")
 
 
 def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer, stage2: Tokenizer, metrics, began):
