@@ -28,15 +28,22 @@ import pickle
 import re
 import resource
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import tokenize
 import typing
 import urllib.request
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +59,17 @@ def fail(message: str) -> typing.NoReturn:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
 
 
+def in_a_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def cache_dir() -> Path:
     """Where downloads, packed images and feature networks are kept: $MAETOK_CACHE, else ~/.cache/maetok."""
-    path = Path(os.environ.get("MAETOK_CACHE") or os.path.expanduser("~/.cache/maetok")).absolute()
+    name = os.environ.get("MAETOK_CACHE") or os.path.expanduser("~/.cache/maetok")
+    if name.startswith("~"):
+        fail("there is no home folder to keep downloads and packed images in: set MAETOK_CACHE to a folder")
+    path = Path(name).absolute()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -189,6 +204,11 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
     return x.float() / 127.5 - 1
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """x in float64; on the CPU if its device has no such numbers (Apple's)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's evaluation crop: halve by boxes while twice too large, then bicubic to the short side, then the centre."""
     while min(image.size) >= 2 * size:
@@ -292,14 +312,40 @@ def list_folder(root: Path) -> tuple[list[str], dict[str, list[tuple[str, int]]]
 def pack_rows(job) -> tuple[int, list]:
     """Worker of `pack`: decode some files into their rows; returns the job's number and the files it could not read."""
     number, split, first, root, paths, out, size = job
-    rows, bad = np.load(Path(out) / f"{split}.npy", mmap_mode="r+"), []
+    rows, bad = np.zeros((len(paths), size, size, 3), np.uint8), []
     for i, path in enumerate(paths):
         try:
-            rows[first + i] = read_image(Path(root) / path, size)
+            rows[i] = read_image(Path(root) / path, size)
         except READ_ERRORS as error:
-            bad.append([split, first + i, path, " ".join(str(error).split()) or type(error).__name__])
-    rows.flush()
+            bad.append([split, first + i, path, in_a_line(error)])
+    write_rows(Path(out) / f"{split}.npy", first, rows)
     return number, bad
+
+
+def outlive_nobody() -> None:
+    """Set up a worker of `pack`: Ctrl-C is its parent's business, and it ends when its parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def write_rows(path: Path, start: int, rows: np.ndarray) -> None:
+    """Put rows at `start` into an .npy file and on the disk, by writing, not through shared memory pages: those would
+    end the process on a full disk, and two machines on one network disk would overwrite each other's.
+    """
+    array = np.load(path, mmap_mode="r")
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(array.offset + start * array[:1].nbytes)
+        content = memoryview(np.ascontiguousarray(rows, array.dtype)).cast("B")
+        while content:
+            content = content[file.write(content):]
+        os.fsync(file.fileno())
+
+
+def file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:                                      # a broken link, or gone since it was listed
+        return -1
 
 
 def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None:
@@ -310,8 +356,7 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     classes, listing = list_folder(root)
-    stat = {path: os.stat(root / path) for files in listing.values() for path, _ in files}
-    facts = [[split, path, label, stat[path].st_size] for split, files in listing.items() for path, label in files]
+    facts = [[split, path, label, file_size(root / path)] for split, rows in listing.items() for path, label in rows]
     fingerprint = hashlib.sha256(json.dumps([size, facts]).encode()).hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock"):
@@ -343,15 +388,20 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None
                                            desc=f"packing {root.name}", disable=None))
             log = stack.enter_context(open(progress, "a"))
             if workers > 1 and len(todo) > 2:
-                pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
+                pool = ProcessPoolExecutor(workers, get_context("spawn"), outlive_nobody)
+                stack.callback(pool.shutdown, cancel_futures=True)
                 results = pool.map(pack_rows, todo)
             else:
                 results = map(pack_rows, todo)
-            for number, more in results:
-                bad += more
-                log.write(json.dumps([number, more]) + "\n")
-                log.flush()
-                bar.update(chunk)
+            try:
+                for number, more in results:
+                    bad += more
+                    log.write(json.dumps([number, more]) + "\n")
+                    log.flush()
+                    bar.update(chunk)
+            except BrokenProcessPool:
+                fail(f"packing {root}: a decoding process was ended from outside, perhaps for want of memory; "
+                     "run the same command again, with fewer --workers if it helps")
         total = sum(map(len, listing.values()))
         for _, _, path, reason in bad:
             tqdm.write(f"unreadable: {path!r}: {reason}")
@@ -389,7 +439,8 @@ IMAGENETTE = ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",
               "569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188e158c")
 NAMED = ("shapes", "cifar10", "imagenette")
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, IndexError, TypeError, AttributeError,
-               pickle.UnpicklingError)                   # what torch.load raises for a damaged or foreign file
+               pickle.UnpicklingError, tokenize.TokenError, OverflowError, MemoryError, AssertionError,
+               zlib.error, zipfile.BadZipFile, struct.error)     # what torch.load and np.load raise for a damaged file
 
 
 def download(url: str, path: Path, sha256: str, hint: str = "") -> Path:
@@ -538,7 +589,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             tensors[name] = (part if aligned else part.clone()).view(dtype).reshape(shape)
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        fail(f"{path} is not a whole safetensors file ({' '.join(str(error).split())[:200]})")
+        fail(f"{path} is not a whole safetensors file ({in_a_line(error)})")
 
 
 def unique(pairs: list) -> dict:
@@ -646,11 +697,14 @@ def load_images(data: str, size: int, split: str) -> Images:
         pixels, labels = np.load(path / f"{split}.npy", mmap_mode="r"), np.load(path / f"{split}_labels.npy")
         if pixels.shape != (len(labels), size, size, 3) or pixels.dtype != np.uint8:
             raise ValueError(f"{split}.npy is {pixels.dtype} {pixels.shape}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        fail(f"{path} is not a whole packed data set ({error}); remove it and run again")
-    rows = np.flatnonzero(labels >= 0)
-    whole = len(rows) == len(labels)
-    return Images(pixels, torch.from_numpy(labels[rows]), meta["classes"], meta["fingerprint"], None if whole else rows)
+        rows = np.flatnonzero(labels >= 0)
+        if not len(rows) or labels.max() >= len(meta["classes"]):
+            raise ValueError(f"{split}_labels.npy does not fit its {len(meta['classes'])} classes")
+        whole = len(rows) == len(labels)
+        return Images(pixels, torch.from_numpy(labels[rows]), meta["classes"], meta["fingerprint"],
+                      None if whole else rows)
+    except LOAD_ERRORS as error:
+        fail(f"{path} is not a whole packed data set ({in_a_line(error)}); remove it and run again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,8 +743,12 @@ class Batches:
         elif run.device.type == "cuda" or pixels.nbytes > 2**31:
             self.pool = ThreadPoolExecutor(1)
 
+    def indices(self, step: int) -> np.ndarray:
+        """Numbers of the images in the global batch."""
+        return batch_indices(len(self.images), self.batch, self.seed, step)
+
     def gather(self, step):
-        index = batch_indices(len(self.images), self.batch, self.seed, step)[self.run.rows(self.batch)]
+        index = self.indices(step)[self.run.rows(self.batch)]
         x = self.images[index]
         return (x.pin_memory() if self.pool and self.run.device.type == "cuda" else x), self.images.labels[index]
 
@@ -775,6 +833,10 @@ class Run:
     device: torch.device
     precision: str
     claims: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    signals: list[str] = field(default_factory=list)     # SIGTERM and SIGINT that this process was sent
+    looping: bool = False                                # in a loop that looks at them and can go on another time
+    side: dist.ProcessGroup | None = None                # of CPU messages beside the computation
+    vote: tuple | None = None
 
     @property
     def main(self) -> bool:
@@ -820,6 +882,32 @@ class Run:
         if self.world > 1:
             dist.barrier()
 
+    def on_signal(self, number: int, frame) -> None:
+        """In a loop that looks at `signals` the step is finished and saved; elsewhere, or at the third, end here."""
+        self.signals.append(signal.Signals(number).name)
+        if not self.looping or len(self.signals) > 2:    # torchrun passes on a Ctrl-C that came to all: that makes two
+            leave(number)
+
+    def stop_asked(self) -> bool:
+        """Whether any process was sent a signal; all get the same answer. Several ask each other without waiting for
+        the answer, which the next call gives.
+        """
+        if self.world == 1:
+            return bool(self.signals)
+        before, votes = self.vote, torch.tensor([len(self.signals)])
+        self.vote = votes, dist.all_reduce(votes, group=self.side, async_op=True)
+        return before is not None and before[1].wait() and bool(before[0])
+
+    def leave_if_asked(self) -> None:
+        """End here, with status 0, if any process was sent a signal; all processes must call this."""
+        votes = torch.tensor([len(self.signals)])
+        if self.world > 1:
+            dist.all_reduce(votes, group=self.side)
+        if votes:
+            self.print(f"stopped by {(self.signals or ['a signal to another process'])[0]}; all is saved, the same "
+                       "command goes on from here")
+            raise SystemExit(0)
+
     def first(self, make):
         """make() on the first process, then on the others: one prepares what all read."""
         if self.rank:
@@ -838,6 +926,31 @@ class Run:
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
+def leave(number: int, frame=None) -> typing.NoReturn:
+    """End at a signal, between two saves."""
+    print(f"stopped by {signal.Signals(number).name}; the same command goes on from the last save", flush=True)
+    # of several processes none ends with 0: torchrun would wait for the others, which may wait for this one
+    raise SystemExit(0 if os.environ.get("WORLD_SIZE", "1") == "1" else 128 + number)
+
+
+def launch(main: typing.Callable[[], None]) -> None:
+    """Run the main() of a script: what the machine does to it (disk, memory, a lost process) is one line as well."""
+    for number in (signal.SIGTERM, signal.SIGINT):       # until `start` knows better
+        signal.signal(number, leave)
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}; what was saved is kept")
+    except MemoryError:
+        fail("out of memory: lower --batch-size, or give --micro-batch")
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            fail("out of memory: lower --batch-size, or give --micro-batch")
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            fail(f"process {os.environ.get('RANK')} lost another one; the message of that one says why")
+        raise
+
+
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware."""
     info = Path("/proc/cpuinfo")
@@ -848,25 +961,35 @@ def start(cfg) -> Run:
     """Join the processes torchrun started (or be the only one), choose the device and the precision."""
     rank, world, local = (int(os.environ.get(name, d)) for name, d in
                           (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    device, bf16 = torch.device("cpu"), fast_bf16()
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             fail(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False          # fp32 means fp32; speed comes from bf16
-        bf16 = torch.cuda.is_bf16_supported()
-    else:
-        device, bf16 = torch.device("cpu"), fast_bf16()
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)       # else fp32: fp16 would need a scaler
+    elif torch.backends.mps.is_available() and world == 1:
+        device, bf16 = torch.device("mps"), False
     if world > 1 and not dist.is_initialized():
         # Preparing a large data set on one process can take hours; torchrun ends the others at once if one dies.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12),
-                                device_id=device if device.type == "cuda" else None)
+        hours = datetime.timedelta(hours=12)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=hours))
+        # torchrun --max-restarts may keep its store: what processes of an earlier attempt left there must not be met
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours, store=store, rank=rank,
+                                world_size=world, device_id=device if device.type == "cuda" else None)
         atexit.register(dist.destroy_process_group)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and hasattr(cfg, "fresh"):
+        cfg.fresh = False                                # brought back by torchrun --max-restarts: go on
     if cfg.precision == "auto":
         cfg.precision = "bf16" if bf16 else "fp32"
-    run = Run(rank, world, device, cfg.precision)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    run.print(f"{world} process{'es' if world > 1 else ''} on {name}, {cfg.precision}, torch {torch.__version__}")
+    run = Run(rank, world, device, cfg.precision, side=dist.new_group(backend="gloo") if world > 1 else None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, run.on_signal)
+    names = {"cuda": torch.cuda.get_device_name, "mps": str, "cpu": lambda _: f"CPU, {torch.get_num_threads()} threads"}
+    processes = "1 process" if world == 1 else f"{world} processes"
+    run.print(f"{processes} on {names[device.type](device)}, {cfg.precision}, torch {torch.__version__}")
     return run
 
 
@@ -900,15 +1023,19 @@ def make_optimizers(model: torch.nn.Module, cfg) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def optimizer_step(optimizers, params: list, scale: float, clip: float) -> torch.Tensor:
-    """Clip, set the learning rates to `scale` of their peaks, step, clear; returns the gradient norm, on the device."""
+def optimizer_step(optimizers, params: list, scale: float, clip: float, check: int) -> tuple[torch.Tensor, bool]:
+    """Clip, set the learning rates to `scale` of their peaks, step, clear. Returns the gradient norm, on the device,
+    and whether the step was taken: with `check`, which waits for the device, not if the norm is not finite.
+    """
     norm = torch.nn.utils.clip_grad_norm_(params, clip or float("inf"))
+    taken = not check or bool(norm.isfinite())
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * scale
-        optimizer.step()
+        if taken:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, taken
 
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -969,7 +1096,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
         "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights",
-        "keep_every", "rfid", "analyse"}                 # may differ on resuming
+        "keep_every", "rfid", "analyse", "skip_nonfinite"}                 # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:
@@ -1012,8 +1139,7 @@ class Chunks:
     """An array file filled in chunks of rows, shared out over the processes and restartable.
 
     Iterating gives this process's undone (start, stop), for which to call `write`; done.npy marks what is on disk.
-    The loop ends when all processes are through; then `array` holds all rows. Rows are written at their place in the
-    file, not through shared memory pages, which two machines on one network disk would overwrite for each other.
+    The loop ends when all processes are through; then `array` holds all rows.
     """
 
     def __init__(self, path: Path, shape: tuple, dtype, chunk: int, run: Run, what: str):
@@ -1023,29 +1149,23 @@ class Chunks:
 
     def write(self, start: int, rows: np.ndarray) -> None:
         """Put rows at `start` on the disk, then mark them as done."""
-        row, marks = self.array[:1].nbytes, self.path.with_name("done.npy")
-        try:
-            for path, content, at in ((self.path, rows.astype(self.array.dtype), self.array.offset + start * row),
-                                      (marks, np.ones(1, np.uint8), self.done.offset + start // self.chunk)):
-                with open(path, "r+b", buffering=0) as file:
-                    file.seek(at)
-                    content = memoryview(np.ascontiguousarray(content)).cast("B")
-                    while content:
-                        content = content[file.write(content):]
-                    os.fsync(file.fileno())
-        except OSError as error:
-            fail(f"cannot write {self.path}: {error.strerror}; what is done is kept, run the same command again")
+        write_rows(self.path, start, rows)
+        write_rows(self.path.with_name("done.npy"), start // self.chunk, np.ones(1, np.uint8))
 
     def __iter__(self):
         mine = [c for c in range(len(self.done)) if c % self.run.world == self.run.rank and not self.done[c]]
         bar = tqdm(total=sum(min(self.chunk, self.n - c * self.chunk) for c in mine), unit=" images", desc=self.what,
                    disable=None if self.run.main else True)
+        self.run.looping = True
         for c in mine:
             start, stop = c * self.chunk, min((c + 1) * self.chunk, self.n)
             yield start, stop
             bar.update(stop - start)
+            if self.run.signals:
+                break
         bar.close()
-        self.run.barrier()
+        self.run.leave_if_asked()
+        self.run.looping = False
         self.array = np.load(self.path, mmap_mode="r")
 
 
@@ -1057,7 +1177,8 @@ class Log:
     """One line on the terminal and one in log.jsonl every --log-every steps: means of the terms since the line before.
 
     A term is a value, or a pair (sum, count) whose ratio is shown. Terms stay on the device until the line is due, so a
-    step never waits for the host. Also carries the progress bar.
+    step never waits for the host. Also carries the progress bar, stops the run at a term that is not finite, and says
+    when to save: no checkpoint is written after such a term.
     """
 
     def __init__(self, run: Run, cfg, stage: str, step: int, steps: int, batches):
@@ -1065,48 +1186,91 @@ class Log:
         self.run, self.path, self.stage, self.steps = run, path, stage, steps
         self.cfg, self.batch, self.batches = cfg, cfg.batch_size, batches
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=None if run.main else True, mininterval=1)
-        if run.main and path.exists():                   # lines after the checkpoint we continue from will come again
-            kept = []
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    entry = json.loads(line)
-                    kept += [line] if entry["stage"] != stage or entry["step"] <= step else []
-            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        kept = []                                        # lines after the checkpoint we continue from will come again
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                kept += [entry] if entry["stage"] != stage or entry["step"] <= step else []
+        run.barrier()
+        if run.main and path.exists():
+            write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+        self.skipped = sum("not_finite" in entry and entry["stage"] == stage for entry in kept)
+        run.looping = step < steps
         self.clear()
 
     def clear(self):
         self.terms, self.count, self.start, self.waited = {}, 0, time.perf_counter(), self.batches.waited
 
-    def __call__(self, step: int, **terms: torch.Tensor) -> None:
-        """Add the terms of step `step` (counted from 1)."""
-        for name, value in terms.items():
-            pair = torch.stack(value) if isinstance(value, tuple) else torch.stack([value, torch.ones_like(value)])
-            self.terms[name] = self.terms.get(name, 0) + pair.detach().float()
+    def __call__(self, step: int, rate: float, taken: bool = True, **terms: torch.Tensor) -> bool:
+        """Add the terms of step `step` (counted from 1), made at `rate` of the peak learning rate; whether to save now.
+
+        A step that was not taken is logged on its own, and no more of them may come than --skip-nonfinite.
+        """
+        if not taken:
+            self.report(self.totals({name: [(step, rate, pair(value))] for name, value in terms.items()}))
+        else:
+            for name, value in terms.items():
+                self.terms.setdefault(name, []).append((step, rate, pair(value)))
         self.count += 1
         self.bar.update()
-        # also before every checkpoint, so that none is written after a loss that is not finite
-        if step % self.cfg.log_every and step % self.cfg.save_every and step != self.steps:
-            return
-        sums = self.run.sum(torch.stack(list(self.terms.values()))).tolist()
-        values = {name: total / count for name, (total, count) in zip(self.terms, sums) if count}
-        entry = {"stage": self.stage, "step": step, "images": step * self.batch}
-        entry |= {name: float(f"{value:.6g}") for name, value in values.items()}
-        seconds = time.perf_counter() - self.start
-        entry |= {"images_per_s": round(self.count * self.batch / seconds, 1),
-                  "data_wait": round((self.batches.waited - self.waited) / seconds, 4),
-                  "memory_gib": memory_gib(self.run)}
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        asked, last = self.run.stop_asked(), step == self.steps
+        due = asked or last or step % self.cfg.save_every == 0
+        if due or step % self.cfg.log_every == 0:
+            self.line(step, rate)
+        self.run.looping = not last
+        return due
+
+    def totals(self, terms: dict) -> dict[str, list]:
+        """The pairs summed over the processes, on the host: {term: [(step, rate, sum, count)]}."""
+        flat = self.run.sum(torch.stack([value for rows in terms.values() for _, _, value in rows])).tolist()
+        numbers = iter(flat)
+        return {name: [(*row[:2], *next(numbers)) for row in rows] for name, rows in terms.items()}
+
+    def report(self, totals: dict) -> None:
+        """Log each step with a term that is not finite, with its images, and end the run if it is one too many."""
+        bad = {}                                         # by step: its first such term
+        for name, rows in totals.items():
+            for step, rate, total, _ in rows:
+                if not math.isfinite(total):
+                    bad.setdefault(step, (rate, name))
+        for step, (rate, name) in sorted(bad.items()):
+            self.skipped += 1
+            where = f"{self.stage}: {name} is not finite at step {step} (learning rate {self.cfg.lr * rate:.3g})"
+            self.append({"stage": self.stage, "step": step, "not_finite": name, "lr": self.cfg.lr * rate,
+                         "indices": self.batches.indices(step - 1).tolist()})
+            if self.skipped > self.cfg.skip_nonfinite:
+                fail(f"{where}; the last checkpoint is kept, the batch is in log.jsonl. Try a lower --lr, "
+                     f"--precision fp32, or --skip-nonfinite {max(10, 2 * self.skipped)}")
+            self.run.print(f"{where}: skipped, {self.skipped} of at most {self.cfg.skip_nonfinite}")
+
+    def append(self, entry: dict) -> None:
         if self.run.main:
             with open(self.path, "a") as handle:
                 handle.write(json.dumps(entry) + "\n")
-            shown = "  ".join(f"{name} {entry[name]:.4g}" for name in values)
-            self.bar.set_postfix_str(shown)
-            self.run.print(f"{self.stage} {step}/{self.steps}  {shown}  {entry['images_per_s']:.0f} images/s  "
-                           f"data wait {entry['data_wait']:.1%}  {entry['memory_gib']} GiB")
-        if bad:
-            fail(f"{self.stage}: {bad[0]} is not finite by step {step}; the last checkpoint is kept. "
-                 "Try a lower --lr or --precision fp32")
+
+    def line(self, step: int, rate: float) -> None:
+        found = self.totals(self.terms) if self.terms else {}
+        sums = {name: np.sum([row[2:] for row in rows], 0) for name, rows in found.items()}
+        values = {name: float(f"{total / count:.6g}") for name, (total, count) in sums.items()
+                  if count and math.isfinite(total)}
+        seconds = time.perf_counter() - self.start
+        entry = {"stage": self.stage, "step": step, "images": step * self.batch, **values, "lr": self.cfg.lr * rate,
+                 "images_per_s": round(self.count * self.batch / seconds, 1),
+                 "data_wait": round((self.batches.waited - self.waited) / seconds, 4),
+                 "memory_gib": memory_gib(self.run)}
+        self.report(found)
+        self.append(entry)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.bar.set_postfix_str(shown)
+        self.run.print(f"{self.stage} {step}/{self.steps}  {shown}  {entry['images_per_s']:.0f} images/s  "
+                       f"data wait {entry['data_wait']:.1%}  {entry['memory_gib']} GiB")
         self.clear()
+
+
+def pair(value: torch.Tensor | tuple) -> torch.Tensor:
+    """A term of the log as (sum, count)."""
+    value = torch.stack(value) if isinstance(value, tuple) else torch.stack([value, torch.ones_like(value)])
+    return value.detach().float()
 
 
 def memory_gib(run: Run) -> float:
@@ -1197,4 +1361,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

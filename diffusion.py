@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (
+    LOAD_ERRORS,
     Chunks,
     Common,
     Ema,
@@ -32,7 +33,10 @@ from data import (
     Run,
     batch_indices,
     commit,
+    double,
     fail,
+    in_a_line,
+    launch,
     learning_rate,
     load_checkpoint,
     load_images,
@@ -83,6 +87,8 @@ class Config(Common):
     warmup: int = setting(50, "steps of linear warm-up")
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
+    skip_nonfinite: int = setting(0, "steps with a gradient that is not finite to pass over before the run is stopped; "
+                                  "above 0 each step waits for the device")
     sampler: str = setting("heun", "solver for previews and the evaluation", ("euler", "heun", "sde"))
     sampling_steps: int = setting(10, "its steps", least=1)
     guidance: float = setting(2.0, "its guidance scale; 1: none", least=1)
@@ -314,13 +320,13 @@ def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0
     null = torch.full_like(y, model.null)
 
     def velocity(x, t, gate=None):
-        x, times = x.float(), x.new_full((len(x),), t, dtype=torch.float32)
+        x, times = x.float().to(y.device), y.new_full((len(x),), t, dtype=torch.float32)
         if scale <= 1 or not low <= (t if gate is None else gate) <= high:
-            return model(x, times, y).double()
+            return double(model(x, times, y))
         if guide is not None:
-            without = guide(x, times, y).double()
-            return without + scale * (model(x, times, y).double() - without)
-        v = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).double()
+            without = double(guide(x, times, y))
+            return without + scale * (double(model(x, times, y)) - without)
+        v = double(model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])))
         with_class, without = v.chunk(2)
         return without + scale * (with_class - without)
 
@@ -330,7 +336,7 @@ def guided_velocity(model, y: torch.Tensor, scale: float = 1.0, low: float = 0.0
 def sample_ode(velocity, noise: torch.Tensor, steps: int, heun: bool = False) -> torch.Tensor:
     """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with a plain last step (2*steps - 1 calls)."""
     times = np.linspace(1, 0, steps + 1)
-    x = noise.double()
+    x = double(noise)
     for t, following in itertools.pairwise(times):
         v = velocity(x, t)
         if heun and following > 0:
@@ -345,7 +351,7 @@ def sample_sde(velocity, noise: torch.Tensor, steps: int, path: str, draw) -> to
     The score follows from the velocity; guidance, being inside it, acts on the whole drift. draw(): N(0, 1) like x.
     """
     times = np.append(np.linspace(1, 0.04, steps), 0.0)
-    x = noise.double()
+    x = double(noise)
     for t, following in itertools.pairwise(times):
         dt = following - t
         v = velocity(x, t)
@@ -354,7 +360,7 @@ def sample_sde(velocity, noise: torch.Tensor, steps: int, path: str, draw) -> to
         score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
         x = x + (v - t * score) * dt
         if following > 0:
-            x = x + math.sqrt(2 * t * -dt) * draw().double()
+            x = x + math.sqrt(2 * t * -dt) * double(draw())
     return x
 
 
@@ -395,7 +401,7 @@ def generate(model: SiT, decode, index, y, how: Sampling, path: str, run: Run, g
             x = sample_sde(velocity, draw(), how.steps, path, draw)
         else:
             x = sample_ode(velocity, draw(), how.steps, heun=how.sampler == "heun")
-        return to_uint8(decode(x.float())).cpu()
+        return to_uint8(decode(x.float().to(run.device))).cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,10 +467,14 @@ class LatentBatches:
         self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         self.mean, self.std, self.cfg, self.run = mean, std, cfg, run
 
+    def indices(self, step: int) -> np.ndarray:
+        """Numbers of the images in the global batch."""
+        return batch_indices(len(self.labels), self.cfg.batch_size, self.cfg.seed, step)
+
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         start, cfg = time.perf_counter(), self.cfg
         rows = self.run.rows(cfg.batch_size)
-        index = batch_indices(len(self.labels), cfg.batch_size, cfg.seed, step)[rows]
+        index = self.indices(step)[rows]
         side = np.random.default_rng([cfg.seed, 2, step]).integers(0, 2, cfg.batch_size)[rows]
         if isinstance(self.latents, torch.Tensor):
             x = self.latents[torch.from_numpy(index), torch.from_numpy(side)]
@@ -513,16 +523,19 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
         for k, name in enumerate(("t<.25", "t<.5", "t<.75", "t<1")):
             terms[name] = ((loss * in_bin[:, k]).sum(), in_bin[:, k].sum())
         rate = learning_rate(step, cfg.steps, cfg.warmup, cfg.schedule)
-        terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
-        ema.update(step)
-        log(step + 1, **terms)
+        terms["grad"], taken = optimizer_step(optimizers, params, rate, cfg.clip, cfg.skip_nonfinite)
+        if taken:
+            ema.update(step)
+        save = log(step + 1, rate, taken, **terms)
         averaged = {"kind": "diffusion", "config": dataclasses.asdict(cfg), "step": step + 1, **facts}
         if run.main and cfg.keep_every and (step + 1) % cfg.keep_every == 0:
             save_checkpoint(Path(cfg.out) / f"step-{step + 1}.pt", averaged | {"ema": ema.model.state_dict()})
-        if run.main and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps):
+        if run.main and save:
             save_checkpoint(Path(cfg.out) / "ckpt.pt", averaged | {
                 "ema": ema.model.state_dict(), "model": model.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers]})
+        if save:
+            run.leave_if_asked()
         if run.main and ((step + 1) % cfg.preview_every == 0 or step + 1 == cfg.steps):
             preview(ema.model)
     return ema.model
@@ -531,9 +544,15 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
 def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config, dict]:
     """The averaged model of a checkpoint, its config, and the facts stored with it (mean, std, classes, ...)."""
     state = load_checkpoint(path, "diffusion")
-    cfg = Config(**state["config"])
-    model = build(cfg, state["shape"], len(state["classes"]))
-    model.load_state_dict(state["ema"])
+    try:
+        cfg = Config(**state["config"])
+        cfg.check()
+        model = build(cfg, state["shape"], len(state["classes"]))
+        load_strictly(model, state["ema"], f"the model that {path} says it is")
+        if not all(np.isfinite(state[name]).all() and len(state[name]) == model.shape[1] for name in ("mean", "std")):
+            raise ValueError("the statistics of its latents are damaged")
+    except LOAD_ERRORS as error:
+        fail(f"{path} is not a diffusion model of this code ({in_a_line(error)})")
     return model.to(device).eval().requires_grad_(False), cfg, state
 
 
@@ -630,4 +649,4 @@ def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, im
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -32,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
+    LOAD_ERRORS,
     NAMED,
     PRECISIONS,
     READ_ERRORS,
@@ -40,9 +41,12 @@ from data import (
     Run,
     cache_dir,
     commit,
+    double,
     fail,
     find_images,
     fold_layer_scale,
+    in_a_line,
+    launch,
     learning_rate,
     load_images,
     load_strictly,
@@ -89,12 +93,11 @@ class Moments:
     """
 
     def __init__(self, width: int, device: torch.device):
-        self.n = torch.zeros(1, dtype=torch.float64, device=device)
-        self.first = torch.zeros(width, dtype=torch.float64, device=device)
-        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        self.n, self.first, self.second = zeros(1), zeros(width), zeros(width, width)
 
     def add(self, features: torch.Tensor) -> None:
-        features = (features.double() * 2**15).round() / 2**15
+        features = (double(features) * 2**15).round() / 2**15
         self.n += len(features)
         self.first += features.sum(0)
         self.second += features.T @ features
@@ -225,13 +228,14 @@ class InceptionScore:
 
     def __init__(self, n: int, device: torch.device, block: int = 5000, classes: int = 1008):
         self.block, count = block, -(-n // block)
+        device = "cpu" if device.type == "mps" else device
         self.sums = torch.zeros(count, classes + 2, dtype=torch.float64, device=device)   # p, sum p log p, images
 
     def add(self, index: torch.Tensor, logits: torch.Tensor) -> None:
-        log_p = logits.double().log_softmax(1)
+        log_p = double(logits).log_softmax(1)
         p = log_p.exp()
         row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
-        self.sums.index_add_(0, index.to(logits.device) // self.block, row)
+        self.sums.index_add_(0, index.to(p.device) // self.block, row)
 
     def finish(self, run: Run) -> float:
         p, negative_entropy, count = run.sum(self.sums).cpu().split([self.sums.shape[1] - 2, 1, 1], 1)
@@ -474,19 +478,19 @@ def freeze(net: nn.Module, run: Run) -> nn.Module:
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of each pair of uint8 images; identical ones count as 100 dB."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
+    error = (double(a) - double(b)).square().flatten(1).mean(1)
     return (20 * math.log10(255) - 10 * error.log10()).clamp(max=100)
 
 
 def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang 2004)."""
+    a, b = double(a) / 255, double(b) / 255
     w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
     w = (torch.outer(w, w) / w.sum() ** 2)[None, None]
 
     def blur(x):
         return F.conv2d(x.flatten(0, 1)[:, None], w).view(*x.shape[:2], x.shape[2] - 10, x.shape[3] - 10)
 
-    a, b = a.double() / 255, b.double() / 255
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
     c1, c2 = 0.01**2, 0.03**2
@@ -723,9 +727,6 @@ def npz_array(path: Path, name: str) -> np.ndarray:
         return file[name]
 
 
-NPZ_ERRORS = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, struct.error, NotImplementedError)
-
-
 def load_samples(path: Path, reference: bool = False) -> tuple[Images, torch.Tensor | None, dict]:
     """Images of an npz file, their labels or None, and the facts sample.py stored with them."""
     try:
@@ -741,8 +742,8 @@ def load_samples(path: Path, reference: bool = False) -> tuple[Images, torch.Ten
             raise ValueError(f"{tuple(labels.shape)} labels for {len(pixels)} images")
     except FileNotFoundError:
         fail(f"{path}: no such file; sample.py writes it")
-    except NPZ_ERRORS as error:
-        fail(f"{path} is not a file of samples ({error}); arr_0 must be uint8 n x S x S x 3")
+    except LOAD_ERRORS as error:
+        fail(f"{path} is not a file of samples ({in_a_line(error)}); arr_0 must be uint8 n x S x S x 3")
     return Images(pixels, torch.zeros(len(pixels)), ["all"], ""), labels, facts
 
 
@@ -789,8 +790,8 @@ def open_set(name: str, size: int, run: Run) -> tuple:
                 raise ValueError("neither arr_0 nor mu and sigma are in it")
         except FileNotFoundError:
             fail(f"{path}: no such file")
-        except NPZ_ERRORS as error:
-            fail(f"{path} is not a file of images or statistics ({error})")
+        except LOAD_ERRORS as error:
+            fail(f"{path} is not a file of images or statistics ({in_a_line(error)})")
         return load_samples(path, True)[0] if pixels else None, stored | ({"n": n} if stored else {})
     try:
         packed = json.loads((path / "meta.json").read_text()) if (path / "meta.json").is_file() else {}
@@ -921,4 +922,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -23,6 +23,7 @@ from data import (
     Run,
     commit,
     fail,
+    launch,
     load_checkpoint,
     parse_config,
     save_grid,
@@ -173,4 +174,4 @@ def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.nda
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

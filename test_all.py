@@ -797,7 +797,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
     script("tokenizer", *args, "--steps", "6", "--out", "whole", cwd=tmp_path)
     whole = log_of(tmp_path / "whole")
     for line in whole:
-        named = {"stage", "step", "images"} | (LOSSES if line["stage"] == "stage 1" else {"recon", "lpips", "grad"})
+        named = {"stage", "step", "images", "lr"} | (LOSSES if line["stage"] == "stage 1" else {"recon", "lpips", "grad"})
         at = line["step"] + 6 * (line["stage"] == "stage 2")
         assert line.keys() == named | (AGAINST if at >= 3 else set()), line
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, float))
@@ -1417,6 +1417,15 @@ TINY_SIT = ["--width", "24", "--heads", "2", "--depth", "1", "--batch-size", "16
             "--sampling-steps", "2"]
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """main() called in this process must not keep pytest from being stopped."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     """One cache of rendered images and classifiers for all tests: the user's own if it is set, else a temporary one."""
@@ -1424,14 +1433,17 @@ def cache(tmp_path_factory):
     return Path(path)
 
 
-def script(name, *args, cwd, processes=1, check=True, background=False):
+def script(name, *args, cwd, processes=1, check=True, background=False, restarts=0, before=None):
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                                          "--master_port", str(20_000 + os.getpid() % 20_000)]
+                                          f"--max-restarts={restarts}", "--master_port",
+                                          str(20_000 + os.getpid() % 20_000)]
     command = [sys.executable, *launcher, str(HERE / f"{name}.py"), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if background:
-        return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False)
+        with open(Path(cwd) / "said.txt", "w") as said:
+            return subprocess.Popen(command, cwd=cwd, env=env, stdout=said, stderr=said)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=400, check=False,
+                          preexec_fn=before)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -1575,7 +1587,7 @@ def weights_of(path) -> dict:
 
 
 @pytest.mark.parametrize("stage", ["stage 1", "stage 2", "diffusion"])
-def test_a_killed_run_goes_on_bit_by_bit(chain, tmp_path, stage):
+def test_a_stopped_or_killed_run_goes_on_bit_by_bit(chain, tmp_path, stage):
     at, _ = chain
     name = "diffusion" if stage == "diffusion" else "tokenizer"
     if name == "tokenizer":
@@ -1584,16 +1596,21 @@ def test_a_killed_run_goes_on_bit_by_bit(chain, tmp_path, stage):
         args = [*TINY_SIT, "--steps", "150", "--save-every", "7", "--samples", "0", "--preview-every", "1000",
                 "--tokenizer", at / "out/tokenizer/ckpt.pt"]
     script(name, *args, "--out", "whole", cwd=tmp_path)
-    victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
     log = tmp_path / "cut/log.jsonl"
-    wait_for(lambda: log.exists() and f'"stage": "{stage}", "step": 10,' in log.read_text(), victim)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
+    for number, step in ((signal.SIGTERM, 10), (signal.SIGINT, 30), (signal.SIGKILL, 50)):
+        victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
+        wait_for(lambda step=step: log.exists() and f'"stage": "{stage}", "step": {step},' in log.read_text(), victim)
+        victim.send_signal(number)
+        assert victim.wait(30) == (-9 if number == signal.SIGKILL else 0)
+        said = (tmp_path / "said.txt").read_text()
+        assert said.count(f"stopped by {number.name}; all is saved") == (number != signal.SIGKILL), said
+        assert "Traceback" not in said
     said = script(name, *args, "--out", "cut", cwd=tmp_path).stdout
     assert "continuing" in said
     whole, cut = weights_of(tmp_path / "whole/ckpt.pt"), weights_of(tmp_path / "cut/ckpt.pt")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    tried("SIGTERM, SIGINT and SIGKILL in a training loop: the same bits in the end", [True] * 3)
 
 
 MISTAKES = [
@@ -1680,6 +1697,7 @@ def test_a_mistake_is_one_clear_line(mistakes_folder, chain, monkeypatch, capsys
     assert message in said and len(said.strip().splitlines()) == 1 and said.startswith(f"{name}.py: ")
     after = sorted(p for p in mistakes_folder.rglob("*") if p.is_file() and not p.name.endswith(".lock"))
     assert [p for p in before if not p.name.endswith(".lock")] == after
+    tried("malformed command lines and what they name: one line, non-zero exit, no file", [True])
 
 
 def test_other_settings_do_not_continue_a_run(chain, tmp_path):
@@ -1694,6 +1712,465 @@ def test_help_shows_every_setting(name):
     config = data.PackConfig if name == "data" else sys.modules[name].Config
     for f in data.dataclasses.fields(config):
         assert "--" + f.name.replace("_", "-") in said and f.metadata["help"].split()[0] in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults: what may happen to a run, its files and its neighbours. `pytest -m campaign test_all.py` runs the long half.
+
+FAULTS = {}                                              # what this session tried, and what came of it
+
+
+def tried(fault: str, outcomes: list[bool]) -> None:
+    """Count faults that were survived (nothing lost, or refused in one clear line); kept in $MAETOK_FAULTS, a file."""
+    count = FAULTS.setdefault(fault, {"tried": 0, "survived": 0, "lost": 0})
+    for survived in outcomes:
+        count["tried"] += 1
+        count["survived" if survived else "lost"] += 1
+    if "MAETOK_FAULTS" in os.environ:
+        Path(os.environ["MAETOK_FAULTS"]).write_text(json.dumps(FAULTS, indent=1) + "\n")
+    assert all(outcomes), f"{fault}: {FAULTS[fault]}"
+
+
+def refused(call, *args) -> str:
+    """What the program says on ending at this call: one line."""
+    with pytest.raises(SystemExit) as error:
+        call(*args)
+    said = str(error.value.code)
+    assert len(said.splitlines()) == 1 and len(said) < 600, said
+    return said
+
+
+def workers(launcher: subprocess.Popen) -> dict[int, int]:
+    """Process numbers of the workers of torchrun, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if rank := re.search(rb"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_bytes()):
+            found[int(rank[1])] = int(child)
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_one_process_goes_on_as_two_and_torchrun_brings_back_a_dead_one(cache, tmp_path):
+    args = [*TINY, "--steps", "250", "--stage2-steps", "0", "--precision", "fp32", "--optimizer", "adamw",
+            "--save-every", "20"]
+    script("tokenizer", *args, "--out", "one", cwd=tmp_path)
+    log = tmp_path / "cut/log.jsonl"
+    victim = script("tokenizer", *args, "--out", "cut", cwd=tmp_path, background=True)
+    wait_for(lambda: log.exists() and '"step": 10,' in log.read_text(), victim)
+    victim.terminate()
+    assert victim.wait(30) == 0
+    job = script("tokenizer", *args, "--out", "cut", cwd=tmp_path, background=True, processes=2, restarts=1)
+    wait_for(lambda: '"step": 60,' in log.read_text(), job)
+    os.kill(workers(job)[1], signal.SIGKILL)
+    assert job.wait(120) == 0, (tmp_path / "said.txt").read_text()
+    one, cut = losses(tmp_path / "one"), losses(tmp_path / "cut")
+    assert len(one) == len(cut) == 500 and np.abs(np.array(one) / np.array(cut) - 1).max() < 1e-4
+    tried("a worker killed under torchrun --max-restarts: comes back, same losses", [True])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_several_processes_end_together(chain, tmp_path, number):
+    """One is killed: the others end within a minute. torchrun is told to stop: all save the same step and end well."""
+    args = [*TINY_SIT, "--steps", "5000", "--samples", "0", "--tokenizer", chain[0] / "out/tokenizer/ckpt.pt"]
+    job = script("diffusion", *args, "--out", "d", cwd=tmp_path, background=True, processes=2)
+    log, began = tmp_path / "d/log.jsonl", time.time()
+    wait_for(lambda: log.exists() and '"step": 5,' in log.read_text(), job)
+    began = time.time()
+    os.kill(workers(job)[1] if number == signal.SIGKILL else job.pid, number)
+    assert job.wait(60) != 0                             # torchrun's own status, whatever its workers' is
+    said = (tmp_path / "said.txt").read_text()
+    if number == signal.SIGKILL:
+        assert "lost another one" in said
+    else:
+        assert time.time() - began < 20 and said.count("stopped by SIGTERM; all is saved") == 1
+        state = torch.load(tmp_path / "d/ckpt.pt", weights_only=True)
+        assert state["step"] == json.loads(log.read_text().splitlines()[-1])["step"]
+    tried(f"{number.name} to {'a worker' if number == signal.SIGKILL else 'torchrun'}: all end, nothing hangs", [True])
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "diffusion"])
+@pytest.mark.parametrize("skip", [0, 3])
+def test_numbers_that_are_not_finite_stop_the_run_or_are_skipped(chain, tmp_path, monkeypatch, name, skip):
+    module = sys.modules[name]
+    source = module.Batches if name == "tokenizer" else module.LatentBatches
+    honest, poisoned = source.__call__, {5} if skip else {7}
+
+    def poison(self, step):
+        x, y = honest(self, step)
+        return (x * float("nan") if step in poisoned else x), y
+
+    def run(out):
+        gc.collect()                                     # the lock on --out goes with the run before
+        args = [*TINY, "--stage2-steps", "0"] if name == "tokenizer" else [
+            *TINY_SIT, "--samples", "0", "--tokenizer", str(chain[0] / "out/tokenizer/ckpt.pt")]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args, "--steps", "12", "--save-every", "4", "--log-every",
+                                          "5", "--skip-nonfinite", str(skip), "--out", str(tmp_path / out)])
+        module.main()
+        return torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+
+    monkeypatch.setattr(source, "__call__", poison)
+    if skip:
+        state = run("a")
+        assert state["step"] == 12 and all(v.isfinite().all() for v in state["model"].values())
+        poisoned |= {6, 7, 8}
+        assert "--skip-nonfinite 10" in refused(run, "b")
+    else:
+        said = refused(run, "a")
+        assert f"{'recon' if name == 'tokenizer' else 'loss'} is not finite at step 8 (learning rate 0.00" in said
+        assert torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["step"] == 4
+        poisoned.clear()                                 # mended: it goes on
+        assert run("a")["step"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    bad = [line for line in lines if "not_finite" in line]
+    assert [line["step"] for line in bad] == ([6] if skip else []) and not any("NaN" in str(line) for line in lines)
+    if skip:
+        n = 20_000
+        assert bad[0]["indices"] == data.batch_indices(n, 16, 0, 5).tolist() and bad[0]["lr"] > 0
+
+
+def limit_files(megabytes: float):
+    """For a subprocess: no file may grow beyond this, as on a full disk."""
+    size = int(megabytes * 2**20)
+    return lambda: data.resource.setrlimit(data.resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_keeps_what_is_there(chain, tmp_path):
+    """A limit on the size of files stands in for the disk: writing fails as there, with another number."""
+    at, outcomes = chain[0] / "out", []
+
+    def full(name, *args, megabytes):
+        done = script(name, *args, cwd=tmp_path, check=False, before=limit_files(megabytes))
+        said = [line for line in done.stderr.splitlines() if line.startswith(f"{name}.py: ")]
+        outcomes.append(done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr)
+        return said[0]
+
+    train = [*TINY, "--stage2-steps", "0", "--save-every", "5", "--out", "t"]
+    script("tokenizer", *train, "--steps", "10", cwd=tmp_path)
+    before, size = weights_of(tmp_path / "t/ckpt.pt"), (tmp_path / "t/ckpt.pt").stat().st_size
+    more = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
+    more["config"]["steps"] = 30
+    data.save_checkpoint(tmp_path / "t/ckpt.pt", more)
+    said = full("tokenizer", *train, "--steps", "30", megabytes=0.8 * size / 2**20)
+    assert "checkpoint before it is untouched" in said
+    after = weights_of(tmp_path / "t/ckpt.pt")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    script("tokenizer", *train, "--steps", "30", cwd=tmp_path)
+    assert "kept" in full("diffusion", *TINY_SIT, "--tokenizer", at / "tokenizer/ckpt.pt", "--out", "d", megabytes=0.5)
+    assert "kept" in full("sample", "--model", at / "diffusion/ckpt.pt", "--tokenizer", at / "tokenizer/ckpt.pt",
+                          "--images", "900", "--steps", "1", "--out", "s", megabytes=0.2)
+    folder = make_folder(tmp_path / "x", 100, size=64)
+    assert "kept" in full("data", "--data", folder, "--size", "64", "--out", "packed", megabytes=0.3)
+    assert not (tmp_path / "packed/meta.json").exists() and not (tmp_path / "s/samples.npz").exists()
+    tried("disk full: checkpoint, latents, samples, packing", outcomes)
+
+
+def damaged_pictures(root: Path) -> list[Path]:
+    """Files that are no whole, ordinary pictures, whatever their names say."""
+    good, made = io.BytesIO(), []
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(good, "PNG")
+    good = good.getvalue()
+    jpeg = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(jpeg, "JPEG")
+    jpeg = jpeg.getvalue()
+
+    def header(w, h):                                    # a PNG that claims to be so large
+        body = b"IHDR" + w.to_bytes(4, "big") + h.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+        return good[:8] + (13).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big") + good[33:]
+
+    contents = {"empty.png": b"", "one byte.jpg": b"\xff", "text.png": b"no picture\n" * 50, "zeros.webp": bytes(500),
+                "bomb.png": header(60_000, 60_000), "wide bomb.png": header(2**31 - 1, 1), "no size.png": header(0, 0),
+                "tall.png": header(1, 2**31 - 1), "half.png": good[: len(good) // 2], "half.jpg": jpeg[:700],
+                "head.png": good[:33], "head.jpg": jpeg[:20], "tail.png": good[40:], "gif.gif": b"GIF89a" + bytes(20),
+                "tiff.tif": b"II*\0" + b"\xff" * 40, "2.tiff": b"MM\0*" + bytes(30), "bmp.bmp": b"BM" + b"\xff" * 60,
+                "webp.webp": b"RIFF\xff\xff\xff\xffWEBPVP8 " + bytes(20), "crc.png": good[:29] + bytes(4) + good[33:],
+                "random.jpg": bytes(rng.integers(0, 256, 4000, np.uint8)), "svg.png": b"<svg/>",
+                "new\nline.png": good[:100], "\u00fcml\u00e4ut \u732b.jpg": jpeg[:60], "quote'\".png": good[:50],
+                "html.jpg": b"<!doctype html><title>404</title>", "zip.png": b"PK\3\4" + bytes(60),
+                "noise.gif": b"GIF87a\xff\xff\xff\xff" + bytes(rng.integers(0, 256, 99, np.uint8))}
+    for name, content in contents.items():
+        (root / name).write_bytes(content)
+        made.append(root / name)
+    (root / "dangling.png").symlink_to(root / "nowhere")
+    (root / "folder.png").mkdir()
+    (root / "loop").symlink_to(root)
+    return [*made, root / "dangling.png"]
+
+
+def test_damaged_pictures_are_named_and_nothing_grows(tmp_path, capsys):
+    """Each of them among good ones: named with its reason; the rest is packed."""
+    peak = data.resource.getrusage(data.resource.RUSAGE_SELF).ru_maxrss
+    root, outcomes = make_folder(tmp_path / "x", 3000, ("all",), 4) / "all", []
+    bad = damaged_pictures(root)
+    data.pack(root, 8, tmp_path / "out")
+    said = capsys.readouterr().out
+    outcomes = [f"unreadable: {path.name!r}: " in said for path in bad]
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert len(meta["unreadable"]) == len(bad) >= 28
+    sizes = [len(data.load_images(str(tmp_path / "out"), 8, split)) for split in ("train", "val")]
+    tried("damaged, empty, truncated, bomb and mislabelled pictures", outcomes)
+    assert sum(sizes) == 3000 and data.resource.getrusage(data.resource.RUSAGE_SELF).ru_maxrss < peak + 600_000
+
+
+def odd_pictures(root: Path) -> int:
+    """Readable pictures of every odd kind; returns their number."""
+    rng = np.random.default_rng(1)
+    rgb = Image.fromarray(rng.integers(0, 256, (30, 20, 3), np.uint8))
+    for i, mode in enumerate(("CMYK", "L", "P", "1", "LA", "RGBA", "YCbCr", "I;16", "F", "LAB", "HSV")):
+        picture = Image.fromarray(rng.integers(0, 2**16, (30, 20), np.uint16)) if mode == "I;16" else rgb.convert(
+            "RGBA").convert(mode) if mode not in ("F", "LAB", "HSV") else rgb.convert("F" if mode == "F" else "RGB")
+        picture.save(root / f"{i}.{'tif' if mode in ('CMYK', 'F', 'YCbCr') else 'png'}")
+    rgb.save(root / "animated.gif", save_all=True, append_images=[rgb.rotate(90 * i, expand=False) for i in range(3)])
+    rgb.resize((1, 500)).save(root / "narrow.png")
+    rgb.resize((500, 1)).save(root / "flat.png")
+    rgb.resize((1, 1)).save(root / "dot.png")
+    for name in ("with space", "new\nline", "\u732b", "-dash", "a" * 200, "dot.in.name", "100%"):
+        rgb.save(root / f"{name}.JPG", "JPEG")
+    return len([p for p in root.iterdir() if p.is_file()])
+
+
+def test_odd_pictures_and_names_are_read(tmp_path):
+    (tmp_path / "x/sub").mkdir(parents=True)
+    n = odd_pictures(tmp_path / "x")
+    (tmp_path / "x/sub/loop").symlink_to(tmp_path / "x")
+    data.pack(tmp_path / "x", 16, tmp_path / "out")
+    sizes = [len(data.load_images(str(tmp_path / "out"), 16, split)) for split in ("train", "val")]
+    tried("odd colour models, shapes and names of pictures", [True] * sum(sizes) + [False] * (n - sum(sizes)))
+    assert json.loads((tmp_path / "out/meta.json").read_text())["unreadable"] == []
+
+
+def test_files_that_vanish_while_they_are_packed_are_named(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "x", 300, ("all",))
+    listing = data.list_folder
+
+    def then_gone(folder):
+        found = listing(folder)
+        (root / "all/7.png").unlink()
+        return found
+
+    monkeypatch.setattr(data, "list_folder", then_gone)
+    data.pack(root, 8, tmp_path / "out")
+    assert "'all/7.png': [Errno 2]" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_same_folder_is_refused(chain, tmp_path):
+    args = [*TINY, "--steps", "5000", "--out", "t"]
+    first = script("tokenizer", *args, cwd=tmp_path, background=True)
+    wait_for(lambda: (tmp_path / "t/log.jsonl").exists(), first)
+    second = script("tokenizer", *args, cwd=tmp_path, check=False)
+    first.kill()
+    assert second.returncode == 1 and "t is in use by another run" in second.stderr
+
+
+def test_a_strange_house(cache, tmp_path):
+    """Another folder, a source tree that cannot be written, spaces, one core, no HOME, no shell variables."""
+    source = tmp_path / "the source" / "of it"
+    source.mkdir(parents=True)
+    for name in STAGES:
+        (source / f"{name}.py").write_bytes((HERE / f"{name}.py").read_bytes())
+        (source / f"{name}.py").chmod(0o444)
+    source.chmod(0o555)
+    place = tmp_path / "some where"
+    place.mkdir()
+    env = {"PATH": os.environ["PATH"], "MAETOK_CACHE": str(cache)}
+    core = {min(os.sched_getaffinity(0))} if hasattr(os, "sched_setaffinity") else set()
+    command = [sys.executable, source / "tokenizer.py", *TINY, "--steps", "3", "--stage2-steps", "2", "--out", "my out"]
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False,
+                          preexec_fn=lambda: os.sched_setaffinity(0, core) if core else None)
+    source.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in place.iterdir()} == {"my out"} and (place / "my out/metrics.json").exists()
+    assert not any(p.suffix != ".py" for p in source.iterdir() if p.name != "__pycache__")
+
+
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    monkeypatch.delenv("MAETOK_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)    # what it gives where nobody knows the user
+    assert "set MAETOK_CACHE" in refused(data.cache_dir)
+
+
+def test_checkpoints_that_do_not_fit_say_what_differs(chain, tmp_path):
+    at = chain[0] / "out"
+    for kind, load in (("tokenizer", tokenizer.load_tokenizer), ("diffusion", diffusion.load_diffusion)):
+        state = torch.load(at / kind / "ckpt.pt", weights_only=True)
+        config, weights = state["config"], state["ema"]
+        name = next(k for k in weights if k.endswith("qkv.weight"))
+        changes = {"width": {"config": config | {"width": 48}}, "surprise": {"config": config | {"surprise": 1}},
+                   name: {"ema": {k: v for k, v in weights.items() if k != name}},
+                   "other": {"ema": weights | {"other": torch.zeros(1)}}, "depth": {"config": config | {"depth": 2}},
+                   "config": {"config": 3}, "ema": {"ema": [1]}}
+        if kind == "diffusion":
+            changes |= {"classes": {"classes": ["a", "b"]}, "mean": {"mean": [0.0]}, "std": {"std": [math.nan] * 4}}
+        for what, change in changes.items():
+            data.save_checkpoint(tmp_path / "x.pt", state | change)
+            said = refused(load, tmp_path / "x.pt", torch.device("cpu"))
+            assert "x.pt" in said and (what in said or what in ("width", "depth", "classes", "ema", "config", "mean",
+                                                                 "std")), said
+        (tmp_path / "x.pt").unlink()
+
+
+def mutated(content: bytes, rng) -> bytes:
+    """A copy of a file with some bytes changed, cut out, doubled, or its end missing."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 6)):
+        at = int(rng.integers(0, max(1, len(content)) if rng.random() < 0.4 else min(400, max(1, len(content)))))
+        span = int(rng.integers(1, 9))
+        kind = rng.integers(0, 5)
+        if kind == 0:
+            content[at:at + span] = rng.integers(0, 256, span, np.uint8).tobytes()
+        elif kind == 1:
+            content[at:at + span] = b""
+        elif kind == 2:
+            content[at:at] = content[at:at + span]
+        elif kind == 3:
+            content[at:at + span] = b"9" * span          # larger numbers where a header has some
+        else:
+            content = content[: max(1, at)]
+    return bytes(content)
+
+
+def test_random_damage_ends_in_one_line(chain, tmp_path, monkeypatch):
+    """2,000 damaged files: read after all, or refused in one line; never another error, never a large allocation."""
+    write_safetensors(tmp_path / "a.safetensors", {"one": torch.randn(4, 5), "two.x": torch.arange(7)})
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=rng.integers(0, 256, (6, 8, 8, 3), np.uint8), labels=np.arange(6))
+    np.savez_compressed(tmp_path / "ref.npz", mu=np.zeros(2048, np.float16), sigma=np.zeros((2048, 2048), np.float16))
+    data.pack_arrays(tmp_path / "packed", 8, ["a", "b"], "f", {
+        split: (rng.integers(0, 256, (6, 8, 8, 3), np.uint8), np.arange(6) % 2) for split in ("train", "val")})
+    device, at = torch.device("cpu"), chain[0] / "out"
+
+    def sample_set(path):
+        images, _, _ = fid.load_samples(path)
+        images[np.arange(len(images))]
+
+    def packed_set(path):
+        images = data.load_images(str(path.parent), 8, "train")
+        images[np.arange(len(images))]
+
+    packed = [tmp_path / "packed" / name for name in ("train.npy", "train_labels.npy", "meta.json")]
+    cases = [(tmp_path / "a.safetensors", data.read_safetensors, 600), (tmp_path / "a.npz", sample_set, 300),
+             (tmp_path / "ref.npz", lambda path: fid.open_set(str(path), 0, cpu_run()), 100),
+             (packed[0], packed_set, 200), (packed[1], packed_set, 100), (packed[2], packed_set, 200),
+             (at / "tokenizer/ckpt.pt", lambda path: tokenizer.load_tokenizer(path, device), 200),
+             (at / "diffusion/ckpt.pt", lambda path: diffusion.load_diffusion(path, device), 200),
+             (at / "tokenizer/stage1.pt", data.read_weights, 100)]
+    assert sum(count for *_, count in cases) == 2000
+    peak, outcomes = data.resource.getrusage(data.resource.RUSAGE_SELF).ru_maxrss, []
+    for source, read, count in cases:
+        whole = source.read_bytes()
+        path = source if source in packed else tmp_path / f"broken{source.suffix}"
+        read(source)
+        for i in range(count):
+            path.write_bytes(mutated(whole, rng))
+            data.prepare.cache_clear()
+            try:
+                read(path)
+                outcomes.append(True)
+            except SystemExit as error:
+                outcomes.append(len(str(error.code).splitlines()) == 1)
+            except Exception as error:
+                raise AssertionError(f"{source.name}, damage {i}: {error!r}") from error
+        path.write_bytes(whole)
+    assert data.resource.getrusage(data.resource.RUSAGE_SELF).ru_maxrss < peak + 500_000
+    tried("random damage to safetensors, npz, packed data and checkpoints", outcomes)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["stage 1 and 2", "encoding and diffusion", "sampling", "packing"])
+def test_sigkill_at_random_moments(chain, tmp_path, stage):
+    """A dozen times the process is killed at a random moment after its first file; then it runs to the end."""
+    at, rng = chain[0] / "out", np.random.default_rng(zlib.crc32(stage.encode()))
+    made_by = ["--tokenizer", at / "tokenizer/ckpt.pt"]
+    name, args, files, span = {
+        "stage 1 and 2": ("tokenizer", [*TINY, "--steps", "400", "--stage2-steps", "400", "--save-every", "1"],
+                          ["ckpt.pt", "stage1.pt", "metrics.json"], 1.5),
+        "encoding and diffusion": ("diffusion", [*TINY_SIT, "--steps", "700", "--save-every", "1", "--samples", "0",
+                                                 "--preview-every", "100", *made_by],
+                                   ["ckpt.pt", "latents/latents.npy", "latents/labels.npy"], 1.5),
+        "sampling": ("sample", ["--model", at / "diffusion/ckpt.pt", *made_by, "--images", "1000", "--sampler", "sde",
+                                "--steps", "60", "--batch-size", "20", "--precision", "fp32"], ["samples.npz"], 0.6),
+        "packing": ("data", ["--data", tmp_path / "x", "--size", "64", "--workers", "1"],
+                    ["train.npy", "val.npy", "train_labels.npy", "meta.json"], 0.3)}[stage]
+    if stage == "packing":
+        make_folder(tmp_path / "x", 1500, size=64)
+    kills = 0
+    for _ in range(14):
+        victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
+        wait_for((tmp_path / "cut/.lock").exists, victim)
+        time.sleep(rng.uniform(2.0 if kills else 0.0, 2.0 + span))   # after the first time: loading, then anything
+        kills += victim.poll() is None
+        victim.kill()
+        victim.wait()
+        for path in (tmp_path / "cut").glob("*.pt"):
+            torch.load(path, weights_only=True)          # whole at every moment
+    script(name, *args, "--out", "cut", cwd=tmp_path)
+    script(name, *args, "--out", "whole", cwd=tmp_path)
+    same = []
+    for one, two in ((tmp_path / "whole" / file, tmp_path / "cut" / file) for file in files):
+        if one.suffix == ".pt":
+            a, b = (flat(torch.load(path, weights_only=True)) for path in (one, two))
+            same.append(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a))
+        elif one.suffix == ".npz":
+            same.append(np.array_equal(np.load(one)["arr_0"], np.load(two)["arr_0"]))
+        else:
+            same.append(one.name == "metrics.json" and two.exists() or one.read_bytes() == two.read_bytes())
+    if name in ("tokenizer", "diffusion"):
+        same.append(losses(tmp_path / "whole") == losses(tmp_path / "cut"))
+    assert kills >= 10
+    tried(f"SIGKILL at random moments: {stage}", [all(same)] * kills)
+
+
+@pytest.mark.campaign
+def test_sigkill_during_a_download(server, tmp_path, monkeypatch):
+    """And during the unpacking and the conversion after it."""
+    served, url, _ = server
+    rows = np.random.default_rng(0).integers(0, 256, (5000, 3073), dtype=np.uint8)
+    rows[:, 0] = np.arange(5000) % 10
+    with tarfile.open(served / "made.tar.gz", "w:gz") as tar:
+        for i in range(6):
+            name = f"data_batch_{i + 1}.bin" if i < 5 else "test_batch.bin"
+            add_to_tar(tar, f"cifar-10-batches-bin/{name}", rows.tobytes())
+        add_to_tar(tar, "cifar-10-batches-bin/batches.meta.txt", "\n".join("abcdefghij").encode())
+    call = (f"import data; data.CIFAR10 = ({url + 'made.tar.gz'!r}, {sha256(served / 'made.tar.gz')!r}); "
+            "x = data.load_images('cifar10', 32, 'train'); print(len(x), int(x.pixels.astype(int).sum()))")
+    rng, kills, cache = np.random.default_rng(0), 0, tmp_path / "cache"
+    env = os.environ | {"MAETOK_CACHE": str(cache)}
+    for _ in range(12):
+        victim = subprocess.Popen([sys.executable, "-c", call], cwd=HERE, env=env, stderr=subprocess.DEVNULL)
+        wait_for((cache / "cifar10.lock").exists, victim)
+        time.sleep(rng.uniform(0, 0.6) + (1.8 if kills else 0))
+        kills += victim.poll() is None
+        victim.kill()
+        victim.wait()
+    done = subprocess.run([sys.executable, "-c", call], cwd=HERE, env=env, capture_output=True, text=True, check=False)
+    assert kills >= 6 and done.stdout.split() == ["25000", str(5 * int(rows[:, 1:].astype(int).sum()))], done.stderr
+    tried("SIGKILL at random moments: download, unpacking, conversion", [True] * kills)
+
+
+@pytest.mark.campaign
+def test_soak(cache, tmp_path, monkeypatch):
+    """The default sizes ten times over in one process, with fewer steps: memory and open files stay as they are."""
+    def once():
+        for command in ("tokenizer --steps 60 --stage2-steps 30 --log-every 30", "diffusion --steps 60 --samples 500",
+                        "sample --n 500", "fid"):
+            name, *args = command.split()
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
+            sys.modules[name].main()
+        gc.collect()
+        data.shutil.rmtree("out")
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, len(os.listdir("/proc/self/fd"))
+
+    monkeypatch.chdir(tmp_path)
+    data.resource.setrlimit(data.resource.RLIMIT_DATA, (8 * 2**30, data.resource.RLIM_INFINITY))
+    try:
+        rounds = [once() for _ in range(10)]
+    finally:
+        data.resource.setrlimit(data.resource.RLIMIT_DATA, (data.resource.RLIM_INFINITY,) * 2)
+    FAULTS["soak: MiB resident and open files after each of 10 rounds"] = rounds
+    assert rounds[-1][0] < 1.05 * rounds[1][0] and len({files for _, files in rounds[1:]}) == 1, rounds
+    tried("default chain, 10 rounds in one process under 8 GiB", [True] * 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1733,13 +2210,16 @@ def test_log_terms_may_be_ratios(tmp_path):
     class Source:
         waited = 0.0
 
+        def indices(self, step):
+            return np.arange(3)
+
     class Config:
-        out, batch_size, log_every, save_every = tmp_path, 8, 2, 100
+        out, batch_size, log_every, save_every, lr, skip_nonfinite = tmp_path, 8, 2, 100, 1e-3, 0
 
     log = data.Log(cpu_run(), Config, "s", 0, 4, Source())
     for step in range(4):
-        log(step + 1, loss=torch.tensor(float(step)), part=(torch.tensor(6.0 * step), torch.tensor(2.0 + step)))
+        log(step + 1, 1.0, loss=torch.tensor(float(step)), part=(torch.tensor(6.0 * step), torch.tensor(2.0 + step)))
     first, last = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["loss"] == 0.5 and first["part"] == pytest.approx(6 / 5) and last["images"] == 32
     with pytest.raises(SystemExit, match="loss is not finite"):
-        log(4, loss=torch.tensor(float("nan")))
+        log(4, 1.0, loss=torch.tensor(float("nan")))

@@ -32,6 +32,7 @@ from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 
 from data import (
+    LOAD_ERRORS,
     NAMED,
     Batches,
     Common,
@@ -42,6 +43,8 @@ from data import (
     commit,
     fail,
     fold_layer_scale,
+    in_a_line,
+    launch,
     learning_rate,
     load_checkpoint,
     load_images,
@@ -140,6 +143,8 @@ class Config(Common):
     warmup: int = setting(50, "steps of linear warm-up")
     clip: float = setting(1.0, "largest gradient norm; 0: no clipping")
     ema: float = setting(0.998, "decay of the weight average")
+    skip_nonfinite: int = setting(0, "steps with a gradient that is not finite to pass over before the run is stopped; "
+                                  "above 0 each step waits for the device")
     log_every: int = setting(200, "steps between lines of the log", least=1)
     save_every: int = setting(400, "steps between checkpoints", least=1)
 
@@ -667,12 +672,13 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
             accumulate(terms, image_terms | losses, share)
             recons.append(out["recon"].detach())
         rate = learning_rate(step, cfg.steps, cfg.warmup, "cosine")
-        terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
-        terms |= image_loss.discriminator_step(x, recons, step, rate)
-        ema.update(step)
-        log(step + 1, **terms)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        terms["grad"], taken = optimizer_step(optimizers, params, rate, cfg.clip, cfg.skip_nonfinite)
+        if taken:
+            terms |= image_loss.discriminator_step(x, recons, step, rate)
+            ema.update(step)
+        if log(step + 1, rate, taken, **terms):
             save(cfg, run, images, 1, step + 1, model, ema, optimizers, image_loss)
+            run.leave_if_asked()
     return ema.model
 
 
@@ -702,12 +708,13 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, image
             accumulate(terms, image_terms, share)
             recons.append(out["recon"].detach())
         rate = learning_rate(step, cfg.stage2_steps, cfg.warmup, "cosine")
-        terms["grad"] = optimizer_step(optimizers, params, rate, cfg.clip)
-        terms |= image_loss.discriminator_step(x, recons, cfg.steps + step, rate)
-        ema.update(step)
-        log(step + 1, **terms)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.stage2_steps:
+        terms["grad"], taken = optimizer_step(optimizers, params, rate, cfg.clip, cfg.skip_nonfinite)
+        if taken:
+            terms |= image_loss.discriminator_step(x, recons, cfg.steps + step, rate)
+            ema.update(step)
+        if log(step + 1, rate, taken, **terms):
             save(cfg, run, images, 2, step + 1, model, ema, optimizers, image_loss)
+            run.leave_if_asked()
     return ema.model
 
 
@@ -720,22 +727,32 @@ def save(cfg, run, images, stage, step, model, ema, optimizers, image_loss):
 
 
 def restore(state: dict, model, ema, optimizers, image_loss=None) -> int:
-    model.load_state_dict(state["model"])
-    ema.model.load_state_dict(state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    if image_loss:
-        image_loss.load_state_dict(state.get("image_loss", {}))
-    return state["step"]
+    """Put a checkpoint back where it came from; returns the number of steps done."""
+    try:
+        model.load_state_dict(state["model"])
+        ema.model.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if image_loss:
+            image_loss.load_state_dict(state.get("image_loss", {}))
+        return state["step"]
+    except LOAD_ERRORS as error:
+        fail(f"the checkpoint in --out does not fit these settings ({in_a_line(error)}); "
+             "use --fresh to start over, or another --out")
 
 
 def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, Config]:
     """The averaged weights of a checkpoint without its auxiliary decoders, for evaluation, and its config."""
     state = load_checkpoint(path, "tokenizer")
-    cfg = Config(**state["config"])
-    with torch.device("meta"):
-        model = Tokenizer(cfg)
-    model.load_state_dict({k: v for k, v in state["ema"].items() if not k.startswith("aux.")}, assign=True)
+    try:
+        cfg = Config(**state["config"])
+        cfg.check()
+        with torch.device("meta"):
+            model = Tokenizer(cfg)
+        weights = {k: v for k, v in state["ema"].items() if not k.startswith("aux.")}
+        load_strictly(model, weights, f"the tokenizer that {path} says it is")
+    except LOAD_ERRORS as error:
+        fail(f"{path} is not a tokenizer of this code ({in_a_line(error)})")
     return model.to(device).eval().requires_grad_(False), cfg
 
 
@@ -960,7 +977,7 @@ class Adversary:
             share = len(pair[0]) / len(real)
             (loss * share).backward()
             accumulate(terms, losses | {"on_real": on_real.mean(), "on_fake": on_fake.mean()}, share)
-        terms["grad_d"] = optimizer_step(self.optimizers, self.params, rate, cfg.clip)
+        terms["grad_d"], _ = optimizer_step(self.optimizers, self.params, rate, cfg.clip, cfg.skip_nonfinite)
         return terms
 
     def state_dict(self) -> dict:
@@ -1106,7 +1123,7 @@ def evaluate(model: Tokenizer, images: Images, run: Run, lpips=None, batch: int 
             with run.autocast():
                 scores[2] = lpips(to_float(x), to_float(y)).sum().item()
         sums += torch.tensor([*scores, len(x)], dtype=torch.float64)
-    *totals, count = run.sum(sums.to(run.device)).tolist()
+    *totals, count = run.sum(sums.to("cuda") if run.device.type == "cuda" else sums).tolist()
     return {name: total / count for name, total in zip(names, totals) if not math.isnan(total)}
 
 
@@ -1225,4 +1242,4 @@ def report(cfg: Config, run: Run, train: Images, val: Images, stage1: Tokenizer,
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
