@@ -36,6 +36,7 @@ import tarfile
 import threading
 import time
 import tokenize
+import traceback
 import typing
 import urllib.request
 import zipfile
@@ -204,6 +205,11 @@ def to_float(x: torch.Tensor) -> torch.Tensor:
     return x.float() / 127.5 - 1
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x of the CPU on the device; a GPU copies it from page-locked memory while the program goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 def double(x: torch.Tensor) -> torch.Tensor:
     """x in float64; on the CPU if its device has no such numbers (Apple's)."""
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -341,6 +347,17 @@ def write_rows(path: Path, start: int, rows: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path, *names: str) -> dict:
+    """A JSON object that one of the scripts wrote, with these names in it."""
+    try:
+        found = json.loads(path.read_text())
+        for name in names:
+            found[name]
+        return found
+    except LOAD_ERRORS as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {in_a_line(error)}); remove it and run again")
+
+
 def file_size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -348,11 +365,11 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None:
+def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace: bool = False) -> None:
     """Decode, crop and store a folder of images once; a broken-off packing is continued.
 
-    A folder is known again by the names and sizes of its files. Unreadable files are named with their reason; more
-    than 1 % of them ends the run with an error.
+    A folder is known again by the names and sizes of its files; what was packed of another one is refused, or with
+    `replace` packed anew. Unreadable files are named with their reason; more than 1 % of them ends the run.
     """
     root, out = Path(root).absolute(), Path(out).absolute()
     classes, listing = list_folder(root)
@@ -361,9 +378,11 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0) -> None
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock"):
         if (out / "meta.json").exists():
-            if json.loads((out / "meta.json").read_text())["fingerprint"] == fingerprint:
+            if read_json(out / "meta.json", "fingerprint")["fingerprint"] == fingerprint:
                 return
-            fail(f"{out} holds another packed data set; remove it or give another --out")
+            if not replace:
+                fail(f"{out} holds another packed data set; remove it or give another --out")
+            (out / "meta.json").unlink()                 # first what makes the rest count
         progress = out / f"progress-{fingerprint}.jsonl"
         done, bad = set(), []
         if progress.exists():
@@ -607,7 +626,7 @@ def extract(archive: Path, out: Path) -> Path:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(part, filter="data")
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
             shutil.rmtree(part, ignore_errors=True)
             fail(f"{archive} cannot be unpacked: {error}; remove it to fetch it anew")
         part.rename(out)
@@ -657,12 +676,7 @@ def prepare(data: str, size: int) -> Path:
     else:
         root = Path(data).absolute()
     out = cache / f"{root.name}-{size}-{hashlib.sha256(os.fsencode(str(root))).hexdigest()[:8]}"
-    if (out / "meta.json").exists():                     # packed before: packed anew if the folder has changed
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(None):
-            pack(root, size, out)
-            return out
-        shutil.rmtree(out)
-    pack(root, size, out)
+    pack(root, size, out, replace=True)
     return out
 
 
@@ -681,7 +695,7 @@ class Images:
     def __getitem__(self, index) -> torch.Tensor:
         """uint8 B x 3 x S x S of these images, on the CPU or wherever `pixels` is."""
         if isinstance(self.pixels, torch.Tensor):
-            return self.pixels[torch.as_tensor(index, device=self.pixels.device)].permute(0, 3, 1, 2)
+            return self.pixels[to_device(torch.as_tensor(index), self.pixels.device)].permute(0, 3, 1, 2)
         index = np.asarray(index)
         pixels = self.pixels[index if self.rows is None else self.rows[index]]
         return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
@@ -691,7 +705,7 @@ def load_images(data: str, size: int, split: str) -> Images:
     """Split "train" or "val" of a data set by name, of a folder, or of what `pack` wrote."""
     path = prepare(data, size)
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = read_json(path / "meta.json", "size", "classes", "fingerprint")
         if meta["size"] != size:
             fail(f"--data {data} was packed at {meta['size']} px, not --size {size}")
         pixels, labels = np.load(path / f"{split}.npy", mmap_mode="r"), np.load(path / f"{split}_labels.npy")
@@ -749,8 +763,7 @@ class Batches:
 
     def gather(self, step):
         index = self.indices(step)[self.run.rows(self.batch)]
-        x = self.images[index]
-        return (x.pin_memory() if self.pool and self.run.device.type == "cuda" else x), self.images.labels[index]
+        return to_device(self.images[index], self.run.device), self.images.labels[index]
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         start = time.perf_counter()
@@ -760,11 +773,11 @@ class Batches:
         else:
             x, y = self.gather(step)
         self.waited += time.perf_counter() - start
-        x = to_float(x.to(self.run.device, non_blocking=True))
+        x = to_float(x)
         if self.flip:
             flip = np.random.default_rng([self.seed, 2, step]).random(self.batch)[self.run.rows(self.batch)] < 0.5
-            x = torch.where(torch.from_numpy(flip).to(x.device)[:, None, None, None], x.flip(3), x)
-        return x, y.to(self.run.device, non_blocking=True)
+            x = torch.where(to_device(torch.from_numpy(flip), x.device)[:, None, None, None], x.flip(3), x)
+        return x, to_device(y, x.device)
 
 
 # =====================================================================================================================
@@ -898,8 +911,10 @@ class Run:
         self.vote = votes, dist.all_reduce(votes, group=self.side, async_op=True)
         return before is not None and before[1].wait() and bool(before[0])
 
-    def leave_if_asked(self) -> None:
-        """End here, with status 0, if any process was sent a signal; all processes must call this."""
+    def leave_if_asked(self, last: bool = False) -> None:
+        """End here, with status 0, if any process was sent a signal; all processes must call this when they have saved.
+        After the last time no loop looks at signals any more.
+        """
         votes = torch.tensor([len(self.signals)])
         if self.world > 1:
             dist.all_reduce(votes, group=self.side)
@@ -907,6 +922,7 @@ class Run:
             self.print(f"stopped by {(self.signals or ['a signal to another process'])[0]}; all is saved, the same "
                        "command goes on from here")
             raise SystemExit(0)
+        self.looping = not last
 
     def first(self, make):
         """make() on the first process, then on the others: one prepares what all read."""
@@ -919,7 +935,7 @@ class Run:
 
     def parallel(self, model: torch.nn.Module, compiled: bool = False) -> torch.nn.Module:
         """The model as training calls it: compiled if asked for, gradients averaged over the processes."""
-        model = torch.compile(model) if compiled else model
+        model = torch.compile(model, fullgraph=True) if compiled else model
         if self.world == 1:
             return model
         ids = [self.device] if self.device.type == "cuda" else None
@@ -934,27 +950,59 @@ def leave(number: int, frame=None) -> typing.NoReturn:
 
 
 def launch(main: typing.Callable[[], None]) -> None:
-    """Run the main() of a script: what the machine does to it (disk, memory, a lost process) is one line as well."""
+    """Run the main() of a script. One of several processes that fails ends at once: others may be waiting for it, and
+    the farewell to them would wait for them.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):       # until `start` knows better
         signal.signal(number, leave)
+    try:
+        one_line(main)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not code or not dist.is_initialized():
+            raise
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def one_line(main: typing.Callable[[], None]) -> None:
+    """main(); what the machine does to it (disk, memory, a lost process) ends it with one line, too."""
     try:
         main()
     except OSError as error:
         fail(f"{error.filename or 'reading or writing'}: {error.strerror or error}; what was saved is kept")
-    except MemoryError:
-        fail("out of memory: lower --batch-size, or give --micro-batch")
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            fail("out of memory: lower --batch-size, or give --micro-batch")
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            fail("out of memory: try a smaller --batch-size, or in training a --micro-batch")
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             fail(f"process {os.environ.get('RANK')} lost another one; the message of that one says why")
         raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def raise_if_of_the_machine(error: Exception) -> None:
+    """Raise again what the machine is to blame for (its disk, its memory), not the file that was read."""
+    if out_of_memory(error) or isinstance(error, OSError) and error.errno:
+        raise error
 
 
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware."""
     info = Path("/proc/cpuinfo")
     return info.exists() and "bf16" in info.read_text()   # avx512_bf16, amx_bf16; on Arm: bf16
+
+
+# Preparing a large data set on one process can take hours; torchrun ends the others at once if one dies.
+HOURS = datetime.timedelta(hours=12)
 
 
 def start(cfg) -> Run:
@@ -972,25 +1020,27 @@ def start(cfg) -> Run:
     elif torch.backends.mps.is_available() and world == 1:
         device, bf16 = torch.device("mps"), False
     if world > 1 and not dist.is_initialized():
-        # Preparing a large data set on one process can take hours; torchrun ends the others at once if one dies.
-        hours = datetime.timedelta(hours=12)
-        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=hours))
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=HOURS))
         # torchrun --max-restarts may keep its store: what processes of an earlier attempt left there must not be met
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=hours, store=store, rank=rank,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=HOURS, store=store, rank=rank,
                                 world_size=world, device_id=device if device.type == "cuda" else None)
         atexit.register(dist.destroy_process_group)
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and hasattr(cfg, "fresh"):
         cfg.fresh = False                                # brought back by torchrun --max-restarts: go on
     if cfg.precision == "auto":
         cfg.precision = "bf16" if bf16 else "fp32"
-    run = Run(rank, world, device, cfg.precision, side=dist.new_group(backend="gloo") if world > 1 else None)
+    run = Run(rank, world, device, cfg.precision, side=dist.new_group(backend="gloo", timeout=HOURS) if world > 1 else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
-    names = {"cuda": torch.cuda.get_device_name, "mps": str, "cpu": lambda _: f"CPU, {torch.get_num_threads()} threads"}
-    processes = "1 process" if world == 1 else f"{world} processes"
-    run.print(f"{processes} on {names[device.type](device)}, {cfg.precision}, torch {torch.__version__}")
+    run.print(f"{'1 process' if world == 1 else f'{world} processes'} on {device_name(device)}, {cfg.precision}, no TF32, "
+              f"torch {torch.__version__}")
     return run
+
+
+def device_name(device: torch.device) -> str:
+    names = {"cuda": torch.cuda.get_device_name, "mps": str, "cpu": lambda _: f"CPU, {torch.get_num_threads()} threads"}
+    return names[device.type](device)
 
 
 def micro_batches(model, batch: int, micro: int):
@@ -1088,6 +1138,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["kind"]
     except LOAD_ERRORS as error:
+        raise_if_of_the_machine(error)
         fail(f"{path} is not a whole checkpoint ({type(error).__name__}); remove it or start with --fresh")
     if found != kind:
         fail(f"{path} is a checkpoint of {found}.py, not of {kind}.py")
@@ -1096,7 +1147,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
         "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights",
-        "keep_every", "rfid", "analyse", "skip_nonfinite"}                 # may differ on resuming
+        "keep_every", "rfid", "analyse", "skip_nonfinite", "recompute", "bench"}       # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:
@@ -1105,9 +1156,10 @@ def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:
         return None
     state = load_checkpoint(path, kind)
     for name, value in belongs.items():
-        if state[name] != value:
+        if state.get(name) != value:
             fail(f"{path} was made with another {name.replace('_', ' ')}; use --fresh to start over, or another --out")
-    for name, old in state["config"].items():
+    before = {f.name: f.default for f in dataclasses.fields(cfg)} | state["config"]    # settings younger than the file
+    for name, old in before.items():
         new = getattr(cfg, name, None)
         if name not in FREE and old != new:
             fail(f"{path} was made with --{name.replace('_', '-')} {old}, now {new}; "
@@ -1164,8 +1216,7 @@ class Chunks:
             if self.run.signals:
                 break
         bar.close()
-        self.run.leave_if_asked()
-        self.run.looping = False
+        self.run.leave_if_asked(last=True)
         self.array = np.load(self.path, mmap_mode="r")
 
 
@@ -1187,15 +1238,15 @@ class Log:
         self.cfg, self.batch, self.batches = cfg, cfg.batch_size, batches
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=None if run.main else True, mininterval=1)
         kept = []                                        # lines after the checkpoint we continue from will come again
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):      # the line in which a run was cut
                 entry = json.loads(line)
                 kept += [entry] if entry["stage"] != stage or entry["step"] <= step else []
         run.barrier()
         if run.main and path.exists():
             write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.skipped = sum("not_finite" in entry and entry["stage"] == stage for entry in kept)
-        run.looping = step < steps
+        run.looping = step < steps and not cfg.bench
         self.clear()
 
     def clear(self):
@@ -1214,11 +1265,11 @@ class Log:
         self.count += 1
         self.bar.update()
         asked, last = self.run.stop_asked(), step == self.steps
-        due = asked or last or step % self.cfg.save_every == 0
+        every = self.cfg.save_every, getattr(self.cfg, "keep_every", 0)
+        due = asked or last or any(n and step % n == 0 for n in every)
         if due or step % self.cfg.log_every == 0:
             self.line(step, rate)
-        self.run.looping = not last
-        return due
+        return due and not self.cfg.bench
 
     def totals(self, terms: dict) -> dict[str, list]:
         """The pairs summed over the processes, on the host: {term: [(step, rate, sum, count)]}."""
@@ -1265,6 +1316,56 @@ class Log:
         self.run.print(f"{self.stage} {step}/{self.steps}  {shown}  {entry['images_per_s']:.0f} images/s  "
                        f"data wait {entry['data_wait']:.1%}  {entry['memory_gib']} GiB")
         self.clear()
+
+
+def clock(run: Run) -> float:
+    """Seconds, when all work given to the device is done."""
+    if run.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def matmul_ceiling(run: Run) -> float:
+    """TFLOP/s of large square matrix products in the precision of the run, the median of nine after three: what this
+    device can do, to compare with.
+    """
+    n, seconds = 8192 if run.device.type == "cuda" else 2048, []
+    a = torch.randn(n, n, device=run.device, dtype=torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    for _ in range(12):
+        began = clock(run)
+        a @ a
+        seconds.append(clock(run) - began)
+    return 2 * n**3 / 1e12 / float(np.median(seconds[3:]))
+
+
+def bench_facts(cfg, run: Run, images_per_s: float, flops: float) -> dict:
+    """What --bench reports; `flops` are those of the networks in question for one image."""
+    memory = memory_gib(run)
+    reached, ceiling = images_per_s * flops / 1e12 / run.world, matmul_ceiling(run)
+    facts = {"images_per_s": round(images_per_s, 2), "tflops_per_process": float(f"{reached:.4g}"),
+             "matmul_tflops": float(f"{ceiling:.4g}"), "share_of_matmul": round(reached / ceiling, 3),
+             "memory_gib": memory, "processes": run.world, "device": device_name(run.device),
+             "precision": run.precision, "compile": cfg.compile, "batch_size": cfg.batch_size, "seed": cfg.seed,
+             "torch": torch.__version__, "commit": commit()}
+    run.print("bench:", ", ".join(f"{name} {value}" for name, value in facts.items()))
+    return facts
+
+
+def bench(cfg, run: Run, flops: float, train: typing.Callable) -> tuple:
+    """--bench STEPS: train(cfg) for so many steps after a fifth as many to warm up; (what it returns, facts).
+
+    The rate is the median of five intervals of the run's own log; nothing else is written.
+    """
+    every = max(1, cfg.bench // 5)
+    lengths = {name: 6 * every for name in ("steps", "stage2_steps") if hasattr(cfg, name)}
+    lengths |= {name: 0 for name in ("keep_every",) if hasattr(cfg, name)}
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    out = train(dataclasses.replace(cfg, log_every=every, save_every=every, **lengths))
+    lines = [json.loads(line) for line in (Path(cfg.out) / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "images_per_s" in line][-5:]
+    rate, wait = (float(np.median([line[name] for line in lines])) for name in ("images_per_s", "data_wait"))
+    return out, bench_facts(cfg, run, rate, flops) | {"data_wait": wait, "steps": 5 * every}
 
 
 def pair(value: torch.Tensor | tuple) -> torch.Tensor:

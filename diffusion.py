@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data import (
     LOAD_ERRORS,
@@ -32,6 +33,7 @@ from data import (
     Log,
     Run,
     batch_indices,
+    bench,
     commit,
     double,
     fail,
@@ -45,12 +47,14 @@ from data import (
     micro_batches,
     optimizer_step,
     parse_config,
+    read_json,
     read_weights,
     resume,
     save_checkpoint,
     save_grid,
     setting,
     start,
+    to_device,
     to_float,
     to_uint8,
     write_json,
@@ -77,6 +81,8 @@ class Config(Common):
     steps: int = setting(1000, "training steps")
     batch_size: int = setting(256, "latents per step, over all processes", least=1)
     micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
+    recompute: bool = setting(False, "keep only the input of each layer for the backward pass: less memory, a third "
+                              "more work")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
     lr: float = setting(1e-3, "peak learning rate of AdamW")
@@ -99,6 +105,7 @@ class Config(Common):
     save_every: int = setting(500, "steps between checkpoints", least=1)
     preview_every: int = setting(400, "steps between previews in samples.png", least=1)
     keep_every: int = setting(0, "steps between averaged models kept as step-N.pt, for autoguidance; 0: none")
+    bench: int = setting(0, "measure so many training steps, write bench/bench.json and stop")
 
     def check(self):
         if self.width % (2 * self.heads):
@@ -215,9 +222,9 @@ class SiT(nn.Module):
     """
 
     def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int, qk_norm=False,
-                 style: str = "sit"):
+                 style: str = "sit", recompute: bool = False):
         super().__init__()
-        self.shape, self.null, self.rope = (length, channels), classes, style == "lightning"
+        self.shape, self.null, self.rope, self.recompute = (length, channels), classes, style == "lightning", recompute
         if self.rope:
             d = width // heads
             angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, d, 2) / d)        # L x d/2
@@ -242,8 +249,12 @@ class SiT(nn.Module):
     def forward(self, x, t, y):
         c = self.t_embedder(t) + self.y_embedder(y)                                   # B x D
         x = self.x_embedder(x) + (0 if self.rope else self.pos_embed)                 # B x L x D
+        rope = (self.cos, self.sin) if self.rope else None
         for block in self.blocks:
-            x = block(x, c, (self.cos, self.sin) if self.rope else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, rope, use_reentrant=False)
+            else:
+                x = block(x, c, rope)
         return self.final_layer(x, c).float()                                         # B x L x H
 
 
@@ -373,7 +384,7 @@ class ImageNoise:
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
 
     def __call__(self) -> torch.Tensor:
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        return to_device(torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]), self.device)
 
 
 @dataclass
@@ -389,6 +400,14 @@ class Sampling:
     def calls(self) -> int:
         """Network calls for one image, a guided one counted once."""
         return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+
+    def evaluations(self) -> int:
+        """Network calls for one image, a guided one counted twice: what sampling costs."""
+        times = np.linspace(1, 0.04, self.steps) if self.sampler == "sde" else np.linspace(1, 0, self.steps + 1)[:-1]
+        calls = np.full(self.steps, 2 if self.sampler == "heun" else 1)
+        calls[-1] = 1
+        guided = (self.guidance > 1) & (self.low <= times) & (times <= self.high)
+        return int((calls * (1 + guided)).sum())
 
 
 @torch.no_grad()
@@ -428,7 +447,7 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
     started = folder / "belongs.json"
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
-        if started.exists() and json.loads(started.read_text()) != belongs:
+        if started.exists() and read_json(started) != belongs:
             fail(f"{folder} holds latents of another tokenizer, size or data set; remove it or give another --out")
         write_json(started, belongs)
     run.barrier()
@@ -453,18 +472,21 @@ def encode_data(tokenizer: Tokenizer, images: Images, folder: Path, run: Run, ch
             np.save(folder / "labels.npy", images.labels.numpy())
             write_json(meta, belongs | {"mean": mean.tolist(), "std": std.tolist()})
         run.barrier()
-    return json.loads(meta.read_text())
+    return read_json(meta, "mean", "std", "tokenizer")
 
 
 class LatentBatches:
     """`batches(step)`: this process's rows of the global batch, normalised, image or mirror image; and labels."""
 
     def __init__(self, folder: Path, mean, std, cfg: Config, run: Run):
-        latents = np.load(folder / "latents.npy", mmap_mode="r")
+        try:
+            latents, labels = np.load(folder / "latents.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        except LOAD_ERRORS as error:
+            fail(f"{folder} is damaged ({in_a_line(error)}); remove it and run again")
         self.latents, self.waited = latents, 0.0
-        if run.device.type == "cpu" or latents.nbytes < torch.cuda.mem_get_info(run.device)[0] / 3:
+        if run.device.type != "cuda" or latents.nbytes < torch.cuda.mem_get_info(run.device)[0] / 3:
             self.latents = torch.from_numpy(np.array(latents)).to(run.device)
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        self.labels = torch.from_numpy(labels)
         self.mean, self.std, self.cfg, self.run = mean, std, cfg, run
 
     def indices(self, step: int) -> np.ndarray:
@@ -476,12 +498,13 @@ class LatentBatches:
         rows = self.run.rows(cfg.batch_size)
         index = self.indices(step)[rows]
         side = np.random.default_rng([cfg.seed, 2, step]).integers(0, 2, cfg.batch_size)[rows]
+        device = self.run.device
         if isinstance(self.latents, torch.Tensor):
-            x = self.latents[torch.from_numpy(index), torch.from_numpy(side)]
+            x = self.latents[to_device(torch.from_numpy(index), device), to_device(torch.from_numpy(side), device)]
         else:
-            x = torch.from_numpy(self.latents[index, side]).to(self.run.device, non_blocking=True)
+            x = to_device(torch.from_numpy(self.latents[index, side]), device)
         self.waited += time.perf_counter() - start
-        return (x.float() - self.mean) / self.std, self.labels[index].to(self.run.device, non_blocking=True)
+        return (x.float() - self.mean) / self.std, to_device(self.labels[index], device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +512,7 @@ class LatentBatches:
 
 
 def build(cfg: Config, shape, classes: int) -> SiT:
-    return SiT(*shape, classes, cfg.width, cfg.depth, cfg.heads, cfg.qk_norm, cfg.style)
+    return SiT(*shape, classes, cfg.width, cfg.depth, cfg.heads, cfg.qk_norm, cfg.style, cfg.recompute)
 
 
 def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict | None) -> SiT:
@@ -503,7 +526,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
         done = restore(state, model, ema, optimizers)
     parallel, params = run.parallel(model, cfg.compile), [p for p in model.parameters() if p.requires_grad]
     log = Log(run, cfg, "diffusion", done, cfg.steps, batches)
-    edges = torch.tensor([0.25, 0.5, 0.75], device=run.device)
+    edges, quarters = torch.tensor([0.25, 0.5, 0.75], device=run.device), torch.arange(4, device=run.device)
     for step in range(done, cfg.steps):
         x, y = batches(step)
         generator, rows = run.generator(cfg.seed, 7, step), run.rows(cfg.batch_size)
@@ -519,7 +542,7 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
             losses.append(loss.detach())
         loss = torch.cat(losses)
         terms = {"loss": loss.mean()}
-        in_bin = F.one_hot(torch.bucketize(t, edges), 4).float()                      # B x 4: which quarter of [0, 1]
+        in_bin = (torch.bucketize(t, edges)[:, None] == quarters).float()             # B x 4: which quarter of [0, 1]
         for k, name in enumerate(("t<.25", "t<.5", "t<.75", "t<1")):
             terms[name] = ((loss * in_bin[:, k]).sum(), in_bin[:, k].sum())
         rate = learning_rate(step, cfg.steps, cfg.warmup, cfg.schedule)
@@ -528,14 +551,14 @@ def train(cfg: Config, run: Run, folder: Path, facts: dict, preview, state: dict
             ema.update(step)
         save = log(step + 1, rate, taken, **terms)
         averaged = {"kind": "diffusion", "config": dataclasses.asdict(cfg), "step": step + 1, **facts}
-        if run.main and cfg.keep_every and (step + 1) % cfg.keep_every == 0:
+        if run.main and save and cfg.keep_every and (step + 1) % cfg.keep_every == 0:
             save_checkpoint(Path(cfg.out) / f"step-{step + 1}.pt", averaged | {"ema": ema.model.state_dict()})
         if run.main and save:
             save_checkpoint(Path(cfg.out) / "ckpt.pt", averaged | {
                 "ema": ema.model.state_dict(), "model": model.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers]})
         if save:
-            run.leave_if_asked()
+            run.leave_if_asked(step + 1 == cfg.steps)
         if run.main and ((step + 1) % cfg.preview_every == 0 or step + 1 == cfg.steps):
             preview(ema.model)
     return ema.model
@@ -597,13 +620,17 @@ def main():
     meta = encode_data(tokenizer, images, out / "latents", run)
     facts = {"mean": meta["mean"], "std": meta["std"], "classes": images.classes, "data": tok.data, "size": tok.size,
              "shape": [tok.tokens()[1], tok.channels], "tokenizer_weights": meta["tokenizer"]}
+    flops = forward_flops(*facts["shape"], cfg.width, cfg.depth, cfg.style)
+    if cfg.bench:
+        cfg.out = str(run.claim(out / "bench"))
+        _, found = bench(cfg, run, 3 * flops, lambda c: train(c, run, out / "latents", facts, lambda model: None, None))
+        return write_json(out / "bench/bench.json", found) if run.main else None
     state = resume(out / "ckpt.pt", "diffusion", cfg, {"tokenizer_weights": meta["tokenizer"]}, run)
     mean, std = (torch.tensor(facts[name], device=run.device) for name in ("mean", "std"))
     decode = latent_decoder(tokenizer, mean, std)
     classes = len(images.classes)
     guidance = cfg.guidance if classes > 1 and cfg.label_dropout else 1.0       # else there is no null class
     how = Sampling(cfg.sampler, cfg.sampling_steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    flops = forward_flops(*facts["shape"], cfg.width, cfg.depth, cfg.style)
     run.print(f"latents of {len(images)} images: {' x '.join(map(str, facts['shape']))}, std {min(meta['std']):.2f} to "
               f"{max(meta['std']):.2f}; a network call: {flops / 1e9:.4g} GFLOP per image, in training 3 times that")
 

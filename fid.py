@@ -48,6 +48,7 @@ from data import (
     in_a_line,
     launch,
     learning_rate,
+    load_checkpoint,
     load_images,
     load_strictly,
     locked,
@@ -611,25 +612,33 @@ class Classifier(nn.Module):
         ) for i, o in itertools.pairwise(widths)))
         self.head = nn.Linear(self.WIDTH, classes)
 
-    def forward(self, x):
-        x = to_float(x) if x.dtype == torch.uint8 else x
+    def maps(self, x):
+        """The last convolution of images in [-1, 1]: B x 192 x S/8 x S/8, with S at most 64."""
         if x.shape[-1] > 64:
             x = F.interpolate(x, (64, 64), mode="area")
-        features = self.stages(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        return self.stages(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x):
+        features = self.maps(to_float(x) if x.dtype == torch.uint8 else x).mean((2, 3))
         return features.float(), self.head(features).float()
 
+    @torch.no_grad()
+    def patch_features(self, x: torch.Tensor, grid: int) -> torch.Tensor:
+        """B x grid*grid x 192 of images in [-1, 1]: the map, averaged over patches, or repeated."""
+        return F.adaptive_avg_pool2d(self.maps(x), grid).flatten(2).transpose(1, 2).float()
 
-def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100) -> Classifier:
+
+def train_classifier(train: Images, run: Run, seed: int = 0, steps: int = 800, batch: int = 100) -> Classifier:
     """Fit the classifier to the training labels, in one process; deterministic on one kind of device.
 
     Batches are blurred (shrunk to 1/2, 1/3 or 1/4 and enlarged) in three of four steps, and noise is added, so that it
     knows an object by its form, as a person does, and not by single sharp pixels.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = Classifier(len(train.classes)).to(run.device, memory_format=torch.channels_last)
     params = list(net.parameters())
     optimizer = torch.optim.AdamW(params, 5e-3, weight_decay=0.05)
-    batches = Batches(train, batch, 0, Run(0, 1, run.device, run.precision))
+    batches = Batches(train, batch, seed, Run(0, 1, run.device, run.precision))
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = 5e-3 * learning_rate(step, steps, steps // 10, "linear")
@@ -637,7 +646,7 @@ def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100
         if step % 4:
             small = max(1, round(x.shape[-1] / (step % 4 + 1)))
             x = F.interpolate(F.interpolate(x, (small, small), mode="area"), x.shape[-2:], mode="bicubic")
-        g = run.generator(0, 9, step)
+        g = run.generator(seed, 9, step)
         amount = 0.15 * torch.rand(len(x), 1, 1, 1, generator=g, device=run.device)
         x = x + amount * torch.randn(x.shape, generator=g, device=run.device)
         with run.autocast():
@@ -646,6 +655,27 @@ def train_classifier(train: Images, run: Run, steps: int = 800, batch: int = 100
         loss.backward()
         optimizer.step()
     return net.eval().requires_grad_(False)
+
+
+def keep_classifier(train: Images, run: Run, seed: int, more: Callable = lambda net, alone: {}) -> tuple:
+    """(the classifier of a data set, what more(it, a run of one process) found), made once and kept in the cache."""
+    if len(train.classes) < 2:
+        fail("a classifier needs a data set with classes; this one has a single class")
+    path = cache_dir() / f"classifier-2-{seed}-{train.fingerprint}.pt"
+
+    def make():
+        with locked(path.with_suffix(".lock")):
+            if not path.exists():
+                run.print(f"training a small classifier (seed {seed}), once for this data set")
+                alone = Run(0, 1, run.device, run.precision)
+                net = train_classifier(train, alone, seed)
+                save_checkpoint(path, {"kind": "classifier", "net": net.state_dict(), **more(net, alone)})
+
+    run.first(make)
+    state = load_checkpoint(path, "classifier")
+    net = Classifier(len(train.classes))
+    net.load_state_dict(state.pop("net"))
+    return net.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
 class Made:
@@ -674,34 +704,18 @@ def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run,
 
 
 class Judge:
-    """The classifier of a data set, the statistics of its training images, and the validation images' own score.
-
-    Made once per data set and size and kept in the cache.
-    """
+    """The classifier of a data set, the statistics of its training images, and the validation images' own score."""
 
     def __init__(self, train: Images, val: Images, run: Run):
-        if len(train.classes) < 2:
-            fail("fd_classifier needs a data set with classes; this one has a single class")
-        self.run, path = run, cache_dir() / f"classifier-1-{train.fingerprint}.pt"
-        run.first(lambda: self.make(path, train, val))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self.net = Classifier(len(train.classes))
-        self.net.load_state_dict(state.pop("net"))
-        self.net = self.net.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.mean, self.cov, self.reference = state["mean"], state["cov"], state["reference"]
-
-    def make(self, path: Path, train: Images, val: Images) -> None:
-        with locked(path.with_suffix(".lock")):
-            if path.exists():
-                return
-            self.run.print("training the classifier whose features score the samples (once per data set)")
-            alone = Run(0, 1, self.run.device, self.run.precision)
-            net = train_classifier(train, alone)
+        def statistics(net, alone):
             mean, cov, _ = score_images(net, train, None, alone)
             mean_val, cov_val, accuracy = score_images(net, val, val.labels, alone)
-            save_checkpoint(path, {"net": net.state_dict(), "mean": mean, "cov": cov, "reference": {
+            return {"mean": mean, "cov": cov, "reference": {
                 "fd_classifier": frechet_distance(mean, cov, mean_val, cov_val), "class_accuracy": accuracy,
-                "images": len(val)}})
+                "images": len(val)}}
+
+        self.run, (self.net, state) = run, keep_classifier(train, run, 0, statistics)
+        self.mean, self.cov, self.reference = state["mean"], state["cov"], state["reference"]
 
     def __call__(self, images, labels: torch.Tensor | None = None) -> dict:
         """fd_classifier of uint8 images against the training images, and the share of their labels recognised."""

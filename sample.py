@@ -16,16 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from data import (
     Chunks,
     Common,
     Run,
+    bench_facts,
+    clock,
     commit,
     fail,
     launch,
     load_checkpoint,
     parse_config,
+    read_json,
     save_grid,
     setting,
     start,
@@ -34,11 +38,13 @@ from data import (
 from diffusion import (
     Sampling,
     fingerprint,
+    forward_flops,
     generate,
     latent_decoder,
     load_diffusion,
     load_official,
 )
+from tokenizer import forward_flops as tokenizer_flops
 from tokenizer import load_tokenizer
 
 
@@ -63,6 +69,7 @@ class Config(Common):
     guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
     batch_size: int = setting(250, "images a process makes at a time", least=1)
     png: bool = setting(False, "write the images as png/000000.png ..., too")
+    bench: int = setting(0, "measure so many batches, write bench.json and stop")
 
     def check(self):
         if not self.guidance_low <= self.guidance_high <= 1:
@@ -98,6 +105,8 @@ def main():
         size = load_checkpoint(cfg.tokenizer, "tokenizer")["config"]["size"]
         preset = "paper512" if size == 512 else "paper256"
         cfg = parse_config(Config, PRESETS, __doc__, [*sys.argv[1:], "--preset", preset])
+    if cfg.bench:
+        cfg.n = cfg.batch_size * (cfg.bench + 2)
     run = start(cfg)
     name, guide = cfg.from_official or cfg.model, None
     if cfg.from_official:
@@ -105,7 +114,7 @@ def main():
     else:
         model, trained, state = load_diffusion(cfg.model, run.device)
     path = cfg.path or trained.path
-    tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
+    tokenizer, tok = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
     if fingerprint(tokenizer.state_dict()) != state["tokenizer_weights"]:
         fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {name} was trained on")
     if cfg.guide:
@@ -118,7 +127,7 @@ def main():
     elif cfg.guidance > 1 and not trained.label_dropout:
         fail(f"{name} was trained without dropped labels and has no null class: give --guidance 1, or --guide")
     for net in (model, guide) if cfg.compile else ():
-        net is None or net.compile()
+        net is None or net.compile(fullgraph=True, dynamic=False)        # guided or not, last batch or not: 4 shapes
     mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
     decode, classes = latent_decoder(tokenizer, mean, std), state["classes"]
     labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
@@ -130,9 +139,18 @@ def main():
         "guide": fingerprint(guide.state_dict(), "") if guide else "",
         "tokenizer_weights": fingerprint(tokenizer.state_dict(), ""), "precision": run.precision,
         "batch_size": cfg.batch_size}
+    def make(i, j):
+        return generate(model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, path, run, guide)
+
     out = run.claim(cfg.out)
-    images = sample_all(cfg, run, out / "parts", facts, lambda i, j: generate(
-        model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, path, run, guide))
+    if cfg.bench:
+        network = forward_flops(*model.shape, model.x_embedder.out_features, len(model.blocks),
+                                "lightning" if model.rope else "sit")
+        second = network if guide is None else forward_flops(
+            *guide.shape, guide.x_embedder.out_features, len(guide.blocks), "lightning" if guide.rope else "sit")
+        flops = how.calls() * network + (how.evaluations() - how.calls()) * second + tokenizer_flops(tok)[1]
+        return benchmark(cfg, run, make, flops, facts)
+    images = sample_all(cfg, run, out / "parts", facts, make)
     if run.main:
         part = out / "samples.part.npz"
         facts["commit"] = commit()
@@ -157,10 +175,23 @@ def main():
     run.barrier()
 
 
+def benchmark(cfg: Config, run: Run, make, flops: float, facts: dict) -> None:
+    """--bench: images/s, and the share of what the device can do, of whole batches, the decoding with them."""
+    seconds, b = [], cfg.batch_size
+    for k in tqdm(range(cfg.bench + 2), unit=" batches", disable=None if run.main else True):
+        began = clock(run)
+        make(k * b, (k + 1) * b)
+        seconds.append(clock(run) - began)
+    rate = b * run.world / float(np.median(seconds[2:]))               # two batches warm up
+    found = bench_facts(cfg, run, rate, flops) | {"batches": cfg.bench, "gflop_per_image": flops / 1e9, "sampling": facts}
+    if run.main:
+        write_json(Path(cfg.out) / "bench.json", found)
+
+
 def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.ndarray:
     """All images as one memory-mapped uint8 n x S x S x 3, written in blocks and continued where it was cut."""
     belongs = folder / "belongs.json"
-    if run.main and (cfg.fresh or not belongs.exists() or json.loads(belongs.read_text()) != facts):
+    if run.main and (cfg.fresh or not belongs.exists() or read_json(belongs) != facts):
         belongs.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)        # nothing yet, or of other settings or weights
         folder.mkdir(parents=True)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from scipy.stats import truncnorm
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
@@ -40,6 +41,7 @@ from data import (
     Images,
     Log,
     Run,
+    bench,
     commit,
     fail,
     fold_layer_scale,
@@ -54,6 +56,7 @@ from data import (
     optimizer_step,
     parse_config,
     pretrained,
+    raise_if_of_the_machine,
     read_weights,
     resume,
     save_checkpoint,
@@ -61,16 +64,19 @@ from data import (
     save_grid,
     setting,
     start,
+    to_device,
     to_float,
     to_uint8,
     write_json,
 )
 from fid import (
+    Judge,
     Made,
     VisionTransformer,
     frechet_distance,
     freeze,
     inception_statistics,
+    keep_classifier,
     knn_accuracy,
     linear_probe,
     load_inception,
@@ -81,7 +87,7 @@ from fid import (
     ssim,
 )
 
-TARGETS = ("pixel", "hog", "dinov2", "siglip")
+TARGETS = ("pixel", "hog", "dinov2", "siglip", "classifier")
 
 
 @dataclass
@@ -105,12 +111,15 @@ class Config(Common):
     positions: str = setting("rope", "of image tokens: 2D RoPE of learned frequency, or a table", ("rope", "table"))
     mask_min: float = setting(0.4, "lowest share of patches hidden in stage 1")
     mask_max: float = setting(0.6, "highest share of patches hidden in stage 1; 0: a plain autoencoder")
+    drop_masked: bool = setting(False, "leave hidden patches out of the encoder, as MAE does, where the paper puts a mask "
+                                "token in their place: faster, other latents")
     kl: float = setting(0.0, "weight of a KL term in nats per image; above 0 the model is a variational autoencoder")
-    targets: str = setting("hog", f"what the auxiliary decoders predict: any of {','.join(TARGETS)}, or none")
+    targets: str = setting("hog", f"what the auxiliary decoders predict: any of {','.join(TARGETS)}, or none; classifier is "
+                           "a small network trained here on the labels of the data")
     dinov2: str = setting("vitl14", "DINOv2 model of that target", tuple(
         f"vit{s}14{r}" for s in "sbl" for r in ("", "_reg4")))
     teacher_loss: str = setting("cosine", "form of the DINOv2 and SigLIP losses: negative cosine (the released code), "
-                                "or mse (Eq. 8)", ("cosine", "mse"))
+                                "or mse (Eq. 8), of the classifier's, too", ("cosine", "mse"))
     aux_depth: int = setting(3, "layers of an auxiliary decoder; 0: a linear map")
     aux_width: int = setting(96, "width of an auxiliary decoder", least=1)
     aux_heads: int = setting(2, "heads of an auxiliary decoder", least=1)
@@ -134,6 +143,8 @@ class Config(Common):
     batch_size: int = setting(64, "images per step, over all processes", least=1)
     micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share. Batch norm, LeCam "
                                "means and adaptive weight of an adversary are then those of each piece")
+    recompute: bool = setting(False, "keep only the input of each layer for the backward pass: less memory, a third "
+                              "more work")
     optimizer: str = setting("muon", "muon for the matrices inside blocks and adamw for the rest, or adamw for all",
                              ("adamw", "muon"))
     lr: float = setting(2e-3, "peak learning rate of AdamW")
@@ -147,6 +158,7 @@ class Config(Common):
                                   "above 0 each step waits for the device")
     log_every: int = setting(200, "steps between lines of the log", least=1)
     save_every: int = setting(400, "steps between checkpoints", least=1)
+    bench: int = setting(0, "measure so many steps of both stages, write bench/bench.json and stop")
 
     def check(self):
         if self.size % self.patch or self.patch % 2:
@@ -157,6 +169,8 @@ class Config(Common):
                 raise ValueError(f"width {width} must be a multiple of four times the heads {heads} (2D RoPE)")
         if not 0 <= self.mask_min <= self.mask_max < 1:
             raise ValueError("0 <= --mask-min <= --mask-max < 1 is needed")
+        if self.drop_masked and not self.latents:
+            raise ValueError("--drop-masked needs latent tokens: with --latents 0 the patches are the latents")
         if set(self.target_names()) - set(TARGETS) or len(set(self.target_names())) < len(self.target_names()):
             raise ValueError(f"--targets {self.targets}: none, or each at most once of {', '.join(TARGETS)}")
         if self.adversary == "patchgan" and self.size < 32:
@@ -192,6 +206,8 @@ PRESETS = {
     "ae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"},     # the paper's ablations, at the size of quick
     "vae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none", "kl": 1e-5},
     "mae_pixel": {"targets": "pixel"},
+    "mae_hog": {"targets": "hog"},                       # the same as quick
+    "mae_teacher": {"targets": "classifier"},            # [ours] a teacher that needs no download
     "cifar10": {                                         # [ours], for one GPU; not run yet
         "data": "cifar10", "size": 32, "patch": 4, "latents": 16, "channels": 16, "width": 384, "depth": 6, "heads": 6,
         "aux_width": 128, "aux_heads": 2, "batch_size": 256, "steps": 30_000, "stage2_steps": 10_000, "warmup": 500,
@@ -223,9 +239,9 @@ def unpatchify(x: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of channels (2i, 2i+1) by its angle, in fp32: x is B x heads x T x d, tables heads x T x d/2."""
+    """Turn each pair of channels (2i, 2i+1) by its angle: x is B x heads x T x d, tables heads x T x d/2; fp32 out."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
 def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> torch.Tensor:
@@ -239,7 +255,7 @@ def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> 
 
 
 def rope_tables(freqs: torch.Tensor, heads: int, grid: tuple[int, int], before: int, after: int):
-    """cos and sin for every layer: depth x heads x T x d/2, T = before + rows*columns + after.
+    """cos and sin for every layer: depth x heads x T x d/2, with T = before + rows*columns + after.
 
     Image token n stands at column n mod columns, row n div columns; class tokens (before) and latent tokens (after)
     have no place in the image and are not turned: their angle is 0.
@@ -268,11 +284,12 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """Scaled dot-product attention; on a CPU in fp32, whose backward is there 3 times faster than that of bf16."""
-    if q.device.type != "cpu":
+    """Scaled dot-product attention in the precision of v; spelled out for bf16 on a CPU, where it takes half the time."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores.softmax(-1) @ v
 
 
 class Mlp(nn.Module):
@@ -310,8 +327,8 @@ class Block(nn.Module):
 
 
 def modulate_tail(x, scale, shift):
-    count = scale.shape[1]
-    return torch.cat([x[:, :-count], x[:, -count:] * scale + shift], 1)
+    rest, tail = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], 1)
+    return torch.cat([rest, tail * scale + shift], 1)
 
 
 def token(*shape: int) -> nn.Parameter:
@@ -324,7 +341,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         d, n = cfg.width, (cfg.size // cfg.patch) ** 2
-        self.patch, self.heads, self.latents = cfg.patch, cfg.heads, cfg.latents
+        self.patch, self.heads, self.latents, self.recompute = cfg.patch, cfg.heads, cfg.latents, cfg.recompute
         self.patch_embed = nn.Linear(3 * cfg.patch**2, d)
         self.mask_token, self.class_token = token(1, d), token(1, d)
         self.pos_embed = token(1 + n, d)                  # the released model adds it beside RoPE
@@ -335,7 +352,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(d, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
 
-    def forward(self, image, mask=None):
+    def forward(self, image, mask=None, drop=0):
+        """mask B x N hides patches; `drop`, as many as it hides in each image, leaves them out (--drop-masked)."""
         x = self.patch_embed(patchify(image, self.patch))                             # B x N x D
         if mask is not None:                              # replaced, not dropped: the length stays N
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
@@ -344,8 +362,13 @@ class Encoder(nn.Module):
         if self.latents:
             z = (self.latent_tokens + self.latent_pos_embed).expand(b, -1, -1)        # B x L x D
             x = torch.cat([x, z], 1)                                                  # B x (1+N+L) x D
+        seen = None
+        if drop:
+            hidden = F.pad(mask, (1, self.latents)).to(torch.uint8)
+            seen = hidden.argsort(dim=1, stable=True)[:, :x.shape[1] - drop]              # B x T: which are left
+            x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
         g = math.isqrt(n)
-        x = run_blocks(self, x, (g, g), 1, self.latents)
+        x = run_blocks(self, x, (g, g), 1, self.latents, seen=seen)
         return self.norm(x[:, -(self.latents or n):])                                 # B x L x D
 
 
@@ -354,7 +377,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: Config, width: int, depth: int, heads: int, out: int, class_token: bool):
         super().__init__()
-        self.grid, self.heads, self.latents = cfg.size // cfg.patch, heads, cfg.latents
+        self.grid, self.heads, self.latents, self.recompute = cfg.size // cfg.patch, heads, cfg.latents, cfg.recompute
         self.from_latent = nn.Linear(cfg.channels, width)
         if cfg.latents:
             self.mask_token, self.latent_pos_embed = token(1, width), token(cfg.latents, width)
@@ -398,12 +421,18 @@ class LinearDecoder(nn.Module):
         return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))
 
 
-def run_blocks(net, x, grid, before, after, z=None):
-    """All layers of an encoder or decoder over [class | image | latents] with its RoPE tables."""
+def run_blocks(net, x, grid, before, after, z=None, seen=None):
+    """All layers of an encoder or decoder over [class | image | latents] with its RoPE tables, or over its rows `seen`."""
+    ropes = [None] * len(net.blocks)
     if hasattr(net, "rope_freqs"):
-        cos, sin = rope_tables(net.rope_freqs, net.heads, grid, before, after)
-    for i, block in enumerate(net.blocks):
-        x = block(x, (cos[i], sin[i]) if hasattr(net, "rope_freqs") else None, z)
+        ropes = zip(*(table.unbind() for table in rope_tables(net.rope_freqs, net.heads, grid, before, after)))
+    for block, rope in zip(net.blocks, ropes):
+        if seen is not None and rope:
+            rope = [table[:, seen].transpose(0, 1) for table in rope]                 # B x heads x T x d/2
+        if net.recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, rope, z, use_reentrant=False)
+        else:
+            x = block(x, rope, z)
     return x
 
 
@@ -428,23 +457,24 @@ class Tokenizer(nn.Module):
                 nn.init.zeros_(m.weight) if "modulation" in name else nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
 
-    def encode(self, image, mask=None):
+    def encode(self, image, mask=None, drop=0):
         """B x 3 x S x S -> latents B x L x H (of a VAE, their mean); mask B x N, True where a patch is hidden."""
-        h = self.to_latent(self.encoder(image, mask))
+        h = self.to_latent(self.encoder(image, mask, drop))
         return h.chunk(2, -1)[0] if self.variational else h
 
     def decode(self, h):
         """Latents B x L x H -> images B x 3 x S x S, not clamped."""
         return unpatchify(self.decoder(h).float(), self.patch)
 
-    def forward(self, image, mask=None, noise=None, frozen=False):
+    def forward(self, image, mask=None, drop=0, noise=None, frozen=False):
         """Training: "recon", the features "hidden" under the last layer, "kl" of a VAE, and a prediction per target.
 
-        `noise` B x L x H samples the latents of a VAE; `frozen` (stage 2) keeps gradients out of the encoder.
+        `drop` as in Encoder; `noise` B x L x H samples the latents of a VAE; `frozen` (stage 2) keeps gradients out
+        of the encoder.
         """
         out = {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            h = self.to_latent(self.encoder(image, mask))
+            h = self.to_latent(self.encoder(image, mask, drop))
         if self.variational:
             h, log_variance = h.float().chunk(2, -1)
             if noise is not None:
@@ -456,8 +486,10 @@ class Tokenizer(nn.Module):
         return out | {name: aux(h) for name, aux in self.aux.items()}
 
 
-def forward_flops(cfg: Config, widths: dict[str, int] | None = None) -> tuple[int, int]:
-    """FLOPs of one image forward (2 per multiply-add of a matrix product): autoencoder, auxiliary decoders."""
+def forward_flops(cfg: Config, widths: dict[str, int] | None = None, drop: int = 0) -> tuple[int, int, int]:
+    """FLOPs of one image forward (2 per multiply-add of a matrix product): encoder without `drop` of the patches,
+    decoder, auxiliary decoders.
+    """
     n, count = cfg.tokens()
 
     def layers(tokens, width, depth):
@@ -471,10 +503,11 @@ def forward_flops(cfg: Config, widths: dict[str, int] | None = None) -> tuple[in
         return ends + modulation + layers(class_token + n + cfg.latents, width, depth)
 
     pixels = 3 * cfg.patch**2
-    encoder = 2 * n * pixels * cfg.width + layers(1 + n + cfg.latents, cfg.width, cfg.depth)
+    encoder = 2 * n * pixels * cfg.width + layers(1 + n - drop + cfg.latents, cfg.width, cfg.depth)
     encoder += 2 * count * cfg.width * cfg.channels * (1 + (cfg.kl > 0))
     aux = sum(decoder(cfg.aux_width, cfg.aux_depth, out, 1) for out in (widths or {}).values())
-    return encoder + decoder(cfg.dec_width or cfg.width, cfg.dec_depth or cfg.depth, pixels, cfg.dec_class_token), aux
+    pixel_decoder = decoder(cfg.dec_width or cfg.width, cfg.dec_depth or cfg.depth, pixels, cfg.dec_class_token)
+    return encoder, pixel_decoder, aux
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -551,7 +584,7 @@ class Target:
     loss: Callable
 
 
-def make_targets(cfg: Config, run: Run) -> dict[str, Target]:
+def make_targets(cfg: Config, run: Run, images: Images) -> dict[str, Target]:
     """The targets of --targets. To add one: its name in TARGETS, and a branch here that says its three fields."""
     targets, teacher_loss = {}, masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     for name in cfg.target_names():
@@ -559,6 +592,10 @@ def make_targets(cfg: Config, run: Run) -> dict[str, Target]:
             targets[name] = Target(3 * cfg.patch**2, functools.partial(patchify, patch=cfg.patch), masked_mse)
         elif name == "hog":
             targets[name] = Target(HOG_DIM, functools.partial(hog, patch=cfg.patch), masked_mse)
+        elif name == "classifier":                       # its seed differs from that of the network that scores samples
+            net, _ = keep_classifier(images, run, seed=1)
+            features = functools.partial(net.patch_features, grid=cfg.size // cfg.patch)
+            targets[name] = Target(net.WIDTH, run.autocast()(features), teacher_loss)
         else:
             file = f"dinov2_{cfg.dinov2}_pretrain" if name == "dinov2" else "siglip-large-patch16-256"
             net = freeze(VisionTransformer(pretrained(file, cfg.weights, "--targets hog"), name), run)
@@ -653,6 +690,7 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
         x, _ = batches(step)
         ratio = draw_mask_ratio(cfg.mask_min, cfg.mask_max, cfg.seed, step)
         mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 4, step))[rows]
+        drop = math.ceil(n * ratio) * cfg.drop_masked
         noise = [None] * len(x)
         if cfg.kl:
             g = run.generator(cfg.seed, 7, step)
@@ -660,7 +698,7 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
         terms, recons = {}, []
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
             with run.autocast():
-                out = parallel(x[part], mask[part], noise[part] if cfg.kl else None)
+                out = parallel(x[part], mask[part], drop, noise[part] if cfg.kl else None)
             losses, weights = ({"kl": out["kl"]}, {"kl": cfg.kl}) if cfg.kl else ({}, {})
             for name, target in targets.items():
                 where = mask[part] if cfg.mask_max else None
@@ -678,7 +716,7 @@ def train_stage1(cfg: Config, run: Run, images: Images, targets: dict[str, Targe
             ema.update(step)
         if log(step + 1, rate, taken, **terms):
             save(cfg, run, images, 1, step + 1, model, ema, optimizers, image_loss)
-            run.leave_if_asked()
+            run.leave_if_asked(step + 1 == cfg.steps)
     return ema.model
 
 
@@ -698,10 +736,11 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, image
         x, _ = batches(step)
         ratio = cfg.mask_max * (1 - step / max(1, cfg.stage2_steps - 1))
         mask = random_mask(cfg.batch_size, n, ratio, run.generator(cfg.seed, 5, step))[rows]
+        drop = math.ceil(n * ratio) * cfg.drop_masked
         terms, recons = {}, []
         for part in micro_batches(parallel, len(x), cfg.micro_batch):
             with run.autocast():
-                out = parallel(x[part], mask[part], frozen=True)
+                out = parallel(x[part], mask[part], drop, frozen=True)
             gradient, image_terms = image_loss(out["recon"], out["hidden"], x[part], cfg.steps + step, part)
             share = len(x[part]) / len(x)
             ((out["recon"] * gradient).sum() * share).backward()
@@ -714,7 +753,7 @@ def train_stage2(cfg: Config, run: Run, images: Images, stage1: Tokenizer, image
             ema.update(step)
         if log(step + 1, rate, taken, **terms):
             save(cfg, run, images, 2, step + 1, model, ema, optimizers, image_loss)
-            run.leave_if_asked()
+            run.leave_if_asked(step + 1 == cfg.stage2_steps)
     return ema.model
 
 
@@ -737,6 +776,7 @@ def restore(state: dict, model, ema, optimizers, image_loss=None) -> int:
             image_loss.load_state_dict(state.get("image_loss", {}))
         return state["step"]
     except LOAD_ERRORS as error:
+        raise_if_of_the_machine(error)
         fail(f"the checkpoint in --out does not fit these settings ({in_a_line(error)}); "
              "use --fresh to start over, or another --out")
 
@@ -772,7 +812,8 @@ class LeCam:
 
     def __call__(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         now = self.run.sum(torch.stack([real.detach().mean(), fake.detach().mean()])) / self.run.world
-        self.means = self.decay * self.means + (1 - self.decay) * now
+        means = self.decay * self.means + (1 - self.decay) * now
+        self.means = torch.where(means.isfinite(), means, self.means)      # one bad batch must not stay in them
         mean_real, mean_fake = self.means
         return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
@@ -947,9 +988,7 @@ class Adversary:
             draws = draw_augmentation(rng, cfg.batch_size, size, cutout, chance)
             rows = self.run.rows(cfg.batch_size)
             draws = {k: v[:, rows][:, part].contiguous() for k, v in draws.items()}
-            if x.is_cuda:                                # pinned, so that the step need not wait for the copy
-                draws = {k: v.pin_memory().to(x.device, non_blocking=True) for k, v in draws.items()}
-            x = augment(x, draws, cutout)
+            x = augment(x, {k: to_device(v, x.device) for k, v in draws.items()}, cutout)
         if cfg.adversary == "dino" and size > 224 and rng.random() < 0.5:
             top, left = rng.integers(0, size - 223, 2)
             x = x[:, :, top:top + 224, left:left + 224]
@@ -1134,7 +1173,8 @@ def picture(path: Path, images: Images, stage1: Tokenizer, stage2: Tokenizer, cf
     mask = random_mask(len(x), n, (cfg.mask_min + cfg.mask_max) / 2, torch.Generator().manual_seed(cfg.seed))
     hidden = patchify(x, cfg.patch).masked_fill(mask[..., None], 128)
     with torch.no_grad(), run.autocast():
-        guess = to_uint8(stage1.decode(stage1.encode(to_float(x.to(run.device)), mask.to(run.device))))
+        drop = int(mask[0].sum()) * cfg.drop_masked
+        guess = to_uint8(stage1.decode(stage1.encode(to_float(x.to(run.device)), mask.to(run.device), drop)))
     columns = [x, unpatchify(hidden, cfg.patch), guess, reconstruct(stage1, x, run), reconstruct(stage2, x, run)]
     save_grid(path, torch.stack([c.cpu() for c in columns], 1).flatten(0, 1), len(columns),
               ["original", "masked", "from masked", "stage 1", "stage 2"])
@@ -1152,15 +1192,18 @@ def main():
     train = run.first(lambda: load_images(cfg.data, cfg.size, "train"))
     val = load_images(cfg.data, cfg.size, "val")
     run.print(f"{cfg.data}: {len(train)} images to train on, {len(val)} to validate, {len(train.classes)} classes")
+    if cfg.bench:
+        return benchmark(cfg, run, train)
     out = run.claim(cfg.out, cfg.fresh)
     state = resume(out / "ckpt.pt", "tokenizer", cfg, {"data": train.fingerprint}, run)
     stage, image_loss = state["stage"] if state else 1, make_image_loss(cfg, run)
     exact = dataclasses.replace(run, precision="fp32")
     inception = load_inception(cfg, exact) if cfg.rfid else None
     if stage == 1:
-        targets = make_targets(cfg, run)
-        flops, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()})
-        run.print(f"forward per image: {flops / 1e9:.4g} GFLOP, auxiliary decoders {aux / 1e9:.4g}; training takes "
+        targets = make_targets(cfg, run, train)
+        drop = round((cfg.mask_min + cfg.mask_max) / 2 * cfg.tokens()[0]) * cfg.drop_masked
+        *parts, aux = forward_flops(cfg, {name: target.width for name, target in targets.items()}, drop)
+        run.print(f"forward per image: {sum(parts) / 1e9:.4g} GFLOP, auxiliary decoders {aux / 1e9:.4g}; training takes "
                   "three times that; frozen networks and the discriminator come on top")
         model = train_stage1(cfg, run, train, targets, image_loss, state)
         del targets                                      # the teachers' memory
@@ -1172,15 +1215,34 @@ def main():
     stage2 = stage1
     if cfg.stage2_steps:
         stage2 = train_stage2(cfg, run, train, stage1, image_loss, state if stage == 2 else None)
-    metrics = {f"stage{i + 1}": evaluate(m, val, run, image_loss.lpips) for i, m in enumerate((stage1, stage2))}
-    if inception:
-        real = inception_statistics(inception, val, exact)
-        for name, m in (("stage1", stage1), ("stage2", stage2)):
-            made = Made(len(val), lambda i, m=m: reconstruct(m, val[i], run))
+    metrics, judge = {}, Judge(train, val, run) if len(train.classes) > 1 else None
+    real = inception_statistics(inception, val, exact) if inception else None
+    for name, m in (("stage1", stage1), ("stage2", stage2)):
+        metrics[name] = evaluate(m, val, run, image_loss.lpips)
+        made = Made(len(val), lambda i, m=m: reconstruct(m, val[i], run))
+        if judge:
+            metrics[name]["fd_classifier"] = judge(made)["fd_classifier"]
+        if inception:
             remade = inception_statistics(inception, made, exact)
             metrics[name]["rfid"] = frechet_distance(real["mu"], real["sigma"], remade["mu"], remade["sigma"])
     if run.main:
         report(cfg, run, train, val, stage1, stage2, metrics, began)
+    run.barrier()
+
+
+def benchmark(cfg: Config, run: Run, images: Images) -> None:
+    """--bench: images/s and the share of what the device can do, of the training loops of both stages."""
+    cfg.out, cfg.adv_start = str(run.claim(Path(cfg.out) / "bench")), 0          # as most of a run is: with the adversary
+    targets, image_loss = make_targets(cfg, run, images), make_image_loss(cfg, run)
+    dropped = [round(ratio * cfg.tokens()[0]) * cfg.drop_masked for ratio in (
+        (cfg.mask_min + cfg.mask_max) / 2, cfg.mask_max / 2)]
+    flops = forward_flops(cfg, {name: t.width for name, t in targets.items()}, dropped[0])
+    model, first = bench(cfg, run, 3 * sum(flops), lambda c: train_stage1(c, run, images, targets, image_loss, None))
+    model.aux.clear()
+    encoder, decoder, _ = forward_flops(cfg, {}, dropped[1])
+    _, second = bench(cfg, run, encoder + 3 * decoder, lambda c: train_stage2(c, run, images, model, image_loss, None))
+    if run.main:
+        write_json(Path(cfg.out) / "bench.json", {"stage 1": first, "stage 2": second})
     run.barrier()
 
 
@@ -1211,7 +1273,7 @@ def analyse(cfg: Config, run: Run) -> None:
     for path, (z, v) in latents.items():
         if z.shape[1] < dims:
             fail(f"--analyse: {path} has {z.shape[1]} numbers per image, fewer than the {dims} that another needs")
-        z, v = z.to(run.device), v.to(run.device)
+        z, v = (x.to("cuda") if run.device.type == "cuda" else x for x in (z, v))
         rows[path]["mixture_nll_per_dimension"] = mixture_curve(z, v, dims, seed=cfg.seed)
         run.print(path, *(f"{k} {v:.4g}" for k, v in rows[path].items() if isinstance(v, (int, float))),
                   "mixtures", *(f"{k}:{v:.4f}" for k, v in rows[path]["mixture_nll_per_dimension"].items()))
