@@ -78,7 +78,7 @@ class Config(Common):
     path: str = setting("linear", "interpolation between data and noise", ("linear", "cosine"))
     time: str = setting("lognormal", "distribution of t in training", ("lognormal", "uniform"))
     label_dropout: float = setting(0.1, "share of labels replaced by the null class in training")
-    steps: int = setting(1000, "training steps")
+    steps: int = setting(600, "training steps")
     batch_size: int = setting(256, "latents per step, over all processes", least=1)
     micro_batch: int = setting(0, "most latents a process puts through at once; 0: all of its share")
     recompute: bool = setting(False, "keep only the input of each layer for the backward pass: less memory, a third "
