@@ -17,6 +17,7 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import errno
 import fcntl
 import functools
 import hashlib
@@ -992,7 +993,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def raise_if_of_the_machine(error: Exception) -> None:
     """Raise again what the machine is to blame for (its disk, its memory), not the file that was read."""
-    if out_of_memory(error) or isinstance(error, OSError) and error.errno:
+    if out_of_memory(error) or getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE):
         raise error
 
 
