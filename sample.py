@@ -144,11 +144,9 @@ def main():
 
     out = run.claim(cfg.out)
     if cfg.bench:
-        network = forward_flops(*model.shape, model.x_embedder.out_features, len(model.blocks),
-                                "lightning" if model.rope else "sit")
-        second = network if guide is None else forward_flops(
-            *guide.shape, guide.x_embedder.out_features, len(guide.blocks), "lightning" if guide.rope else "sit")
-        flops = how.calls() * network + (how.evaluations() - how.calls()) * second + tokenizer_flops(tok)[1]
+        first, second = (forward_flops(*net.shape, net.x_embedder.out_features, len(net.blocks),
+                                       "lightning" if net.rope else "sit") for net in (model, guide or model))
+        flops = how.calls() * first + (how.evaluations() - how.calls()) * second + tokenizer_flops(tok)[1]
         return benchmark(cfg, run, make, flops, facts)
     images = sample_all(cfg, run, out / "parts", facts, make)
     if run.main:
