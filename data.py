@@ -1409,8 +1409,9 @@ def save_grid(path: str | Path, images: torch.Tensor, columns: int, titles=(), n
     os.replace(part, path)
 
 
-def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: str, log_x: bool = False) -> None:
-    """A picture of curves {name: [(x, y), ...]} with axes and a legend."""
+def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: str, log_x: bool = False,
+                join: bool = True) -> None:
+    """A picture of curves {name: [(x, y), ...]} with axes and a legend; points only, if not joined."""
     colors = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
     points = [p for line in curves.values() for p in line]
     scale = np.log2 if log_x else np.asarray
@@ -1437,7 +1438,8 @@ def save_curves(path: str | Path, curves: dict[str, list], x_name: str, y_name: 
     pen.text((8, 18), y_name, "black")
     for i, (name, line) in enumerate(curves.items()):
         color, spots = colors[i % len(colors)], [place(*p) for p in sorted(line)]
-        pen.line(spots, color, 2)
+        if join:
+            pen.line(spots, color, 2)
         for x, y in spots:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), color)
         pen.rectangle((545, 45 + 18 * i, 557, 55 + 18 * i), color)

@@ -3,6 +3,7 @@
     torchrun fid.py                                      # out/samples/samples.npz against its data -> metrics.json
     torchrun fid.py A B                                  # FID, sFID, IS, precision, recall of samples A against B
     torchrun fid.py stats B --out ref.npz                # the statistics of B, to be used in its place
+    python fid.py table RUNS --out DIR                   # many runs compared (README, "The finding"): table and pictures
 
 A set is an npz with arr_0 (uint8 n x S x S x 3), a folder of images of one size, a data set by name, what data.py
 packed, or as B statistics (mu, sigma, mu_s, sigma_s), like the reference files of ADM.
@@ -55,7 +56,10 @@ from data import (
     parse_config,
     pretrained,
     read_image,
+    read_json,
     save_checkpoint,
+    save_curves,
+    save_grid,
     setting,
     start,
     to_float,
@@ -68,6 +72,7 @@ class Config:
     samples: str = setting("out/samples/samples.npz", "the samples A")
     data: str = setting("", "the set B to compare with; empty: the data set named in the samples file")
     stats: str = setting("", "write the statistics of this set to --out and stop")
+    table: str = setting("", "compare the runs KIND-SEED in this folder, write table and pictures to --out and stop")
     out: str = setting("", "JSON file to write, with --stats npz; empty: metrics.json beside the samples")
     features: str = setting("", "any of classifier, fid, dinov2; empty: fid for `fid.py A B`, else classifier")
     resize: str = setting("tf1", "to 299 pixels for fid: tf1 as ADM, or as pytorch-fid", ("tf1", "pytorch-fid"))
@@ -881,11 +886,124 @@ def write_statistics(cfg: Config, run: Run) -> None:
     run.barrier()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Many runs side by side: one JSON a run, the table, the pictures. A run is a folder KIND-SEED with tokenizer/, diffusion/
+# (evaluated without guidance), guided/, stage1/ (samples decoded by the decoder of stage 1) and step-N/ (earlier models)
+
+MEASURES = {                                             # rows of the table: key, digits, factor
+    "reconstruction: PSNR, stage 1": ("stage1.psnr", 2, 1),
+    "reconstruction: PSNR, stage 2": ("stage2.psnr", 2, 1),
+    "reconstruction: rFD, stage 1": ("stage1.fd_classifier", 2, 1),
+    "reconstruction: rFD, stage 2": ("stage2.fd_classifier", 2, 1),
+    "samples: gFD": ("samples.fd_classifier", 2, 1),
+    "samples: gFD, decoder of stage 1": ("samples_stage1.fd_classifier", 2, 1),
+    "samples: gFD, guidance 2": ("samples_guided.fd_classifier", 2, 1),
+    "samples: recognised, %": ("samples.class_accuracy", 1, 100),
+    "samples: recognised, guidance 2, %": ("samples_guided.class_accuracy", 1, 100),
+    "diffusion loss at the end": ("diffusion_loss", 3, 1),
+    "latents: linear probe, %": ("linear_probe", 1, 100),
+    "latents: k-NN, %": ("knn_accuracy", 1, 100),
+    "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
+    "latents: NLL per dimension, 1 Gaussian": ("mixture_nll_per_dimension.1", 3, 1),
+    "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
+    "latents: NLL per dimension, 64 Gaussians": ("mixture_nll_per_dimension.64", 3, 1),
+}
+
+
+def number(row: dict, key: str) -> float:
+    """row["a"]["b"] for the key "a.b"."""
+    return functools.reduce(lambda found, name: found[name], key.split("."), row)
+
+
+def collect(folder: Path, analysis: dict) -> dict:
+    """What the commands left in one run's folder, as one dict; `setup` must be the same in runs that are compared."""
+    kind, _, seed = folder.name.rpartition("-")
+    tok = read_json(folder / "tokenizer/metrics.json", "stage1", "stage2", "linear_probe")
+    gen = read_json(folder / "diffusion/metrics.json", "rows", "sampling")
+    guided, stage1 = (read_json(folder / name / "metrics.json", "samples", "sampling") for name in ("guided", "stage1"))
+    log = [json.loads(line) for line in (folder / "diffusion/log.jsonl").read_text().splitlines()]
+    training = {int(path.parent.name[5:]): read_json(path, "samples")["samples"]["fd_classifier"]
+                for path in folder.glob("step-*/metrics.json")}
+    training[gen["steps"]] = gen["rows"]["samples"]["fd_classifier"]
+    setup = {"steps": tok["steps"], "stage2_steps": tok["stage2_steps"], "diffusion_steps": gen["steps"],
+             "precision": tok["precision"], "images": gen["rows"]["samples"]["images"],
+             "sampling": {k: v for k, v in gen["sampling"].items() if k != "seed"}, "guided": guided["sampling"]["guidance"]}
+    return {"kind": kind, "seed": int(seed), "setup": setup, "commit": [tok["commit"], gen["commit"], guided["commit"]],
+            "stage1": tok["stage1"], "stage2": tok["stage2"], "linear_probe": tok["linear_probe"],
+            **{k: analysis[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
+            "samples": gen["rows"]["samples"], "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
+            "real_validation_images": gen["rows"]["real validation images"], "diffusion_loss": log[-1]["loss"],
+            "fd_classifier_by_step": dict(sorted(training.items()))}
+
+
+def table(cfg: Config) -> None:
+    """fid.py table RUNS --out DIR: DIR/KIND-SEED.json, table.md, and four pictures.
+
+    RUNS may also be such a DIR: then table and pictures are made from its JSON files (samples.png needs the samples).
+    """
+    runs, out = Path(cfg.table), Path(cfg.out or cfg.table)
+    begun = sorted(path for path in runs.glob("*-*") if path.is_dir())
+    folders = [path for path in begun if all((path / name / "metrics.json").exists() for name in (
+        "tokenizer", "diffusion", "guided", "stage1"))]
+    for path in begun:
+        if path not in folders:
+            print(f"{path} is not finished: left out")
+    if folders:
+        analysed = read_json(runs / "analysis/analysis.json", "rows")["rows"]
+        by_run = {Path(path).parent.parent.name: row for path, row in analysed.items()}
+        missing = [folder.name for folder in folders if folder.name not in by_run]
+        if missing:
+            fail(f"{runs}/analysis/analysis.json lacks {', '.join(missing)}: run tokenizer.py --analyse on all of them")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        write_json(out / f"{folder.name}.json", collect(folder, by_run[folder.name]))
+    rows = [read_json(path, "kind", "setup") for path in sorted(out.glob("*-*.json"))]
+    if not rows:
+        fail(f"{runs} holds no finished run KIND-SEED, and {out} no KIND-SEED.json")
+    for row in rows:
+        if row["setup"] != rows[0]["setup"]:
+            fail(f"{row['kind']}-{row['seed']} and {rows[0]['kind']}-{rows[0]['seed']} were made with other steps, "
+                 f"images or samplers: {row['setup']} and {rows[0]['setup']}")
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(
+        [k for k in ("ae", "vae", "mae_pixel", "mae_hog", "mae_teacher") if k in {row["kind"] for row in rows}]
+        + [row["kind"] for row in rows])}
+    (out / "table.md").write_text(markdown(kinds))
+    mean = {kind: lambda key, of=of: float(np.mean([number(row, key) for row in of])) for kind, of in kinds.items()}
+    save_curves(out / "probe.png", {kind: [(100 * row["linear_probe"], row["samples"]["fd_classifier"]) for row in of]
+                                    for kind, of in kinds.items()},
+                "linear probe of the latents, %", "gFD without guidance, a point per seed", join=False)
+    save_curves(out / "mixtures.png", {kind: [(int(k), mean[kind](f"mixture_nll_per_dimension.{k}"))
+                                              for k in of[0]["mixture_nll_per_dimension"]] for kind, of in kinds.items()},
+                "Gaussians in the mixture", "held-out negative log-likelihood per dimension, mean of the seeds", log_x=True)
+    save_curves(out / "training.png", {kind: [(int(k), mean[kind](f"fd_classifier_by_step.{k}"))
+                                              for k in of[0]["fd_classifier_by_step"]] for kind, of in kinds.items()},
+                "training steps of the generator", "gFD without guidance, mean of the seeds")
+    firsts = {kind: path for kind, of in kinds.items() if (path := runs / f"{kind}-{of[0]['seed']}/guided/samples.npz").exists()}
+    if firsts:
+        shown = torch.cat([load_samples(path)[0][np.arange(10)] for path in firsts.values()])
+        save_grid(out / "samples.png", shown, 10, names=[kind for kind in firsts for _ in range(10)])
+    print((out / "table.md").read_text(), f"wrote {out}/table.md, probe.png, mixtures.png, training.png"
+          f"{', samples.png' if firsts else ''} of {len(rows)} runs", sep="\n")
+
+
+def markdown(kinds: dict[str, list]) -> str:
+    """The table: mean over seeds and, after ±, the standard deviation (n - 1) of each measure."""
+    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
+    for title, (key, digits, factor) in MEASURES.items():
+        cells = []
+        for rows in kinds.values():
+            values = factor * np.array([number(row, key) for row in rows])
+            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{digits}f}{spread}")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, f"| seeds | {' | '.join(str(len(rows)) for rows in kinds.values())} |"]) + "\n"
+
+
 def arguments(argv: list[str]) -> list[str]:
-    """`stats X ...` and `A B ...` as flags."""
+    """`stats X ...`, `table X ...` and `A B ...` as flags."""
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    if len(words) == 2 and words[0] == "stats":
-        return ["--stats", words[1], *argv[2:]]
+    if len(words) == 2 and words[0] in ("stats", "table"):
+        return [f"--{words[0]}", words[1], *argv[2:]]
     if len(words) == 2:
         return ["--samples", words[0], "--data", words[1], *([] if "--features" in argv else ["--features", "fid"]),
                 *argv[2:]]
@@ -894,6 +1012,8 @@ def arguments(argv: list[str]) -> list[str]:
 
 def main():
     cfg, began = parse_config(Config, {}, __doc__, arguments(sys.argv[1:])), time.time()
+    if cfg.table:
+        return table(cfg)
     run = start(cfg)
     if cfg.stats:
         return write_statistics(cfg, run)

@@ -2411,6 +2411,61 @@ def test_readme_counts_the_lines():
     assert "@@" not in readme
 
 
+def make_run(at, kind, seed, gfd, steps=5):
+    """What the commands of the finding leave of one run, and that run's row of the analysis."""
+    for name, content in {
+            "tokenizer": {"stage1": {"psnr": 20.0, "fd_classifier": 2.0}, "stage2": {"psnr": 21.0, "fd_classifier": 1.0},
+                          "linear_probe": 0.5 + seed / 10, "steps": steps, "stage2_steps": 3, "precision": "fp32", "commit": "a"},
+            "diffusion": {"rows": {"samples": {"fd_classifier": gfd, "class_accuracy": 0.5, "images": 9},
+                                   "real validation images": {"fd_classifier": 0.1}},
+                          "sampling": {"sampler": "heun", "seed": seed}, "steps": 4, "commit": "b"},
+            "guided": {"samples": {"fd_classifier": gfd / 2, "class_accuracy": 0.75}, "sampling": {"guidance": 2.0},
+                       "commit": "c"},
+            "stage1": {"samples": {"fd_classifier": gfd + 1, "class_accuracy": 0.5}, "sampling": {}, "commit": "c"},
+            "step-2": {"samples": {"fd_classifier": 2 * gfd}}}.items():
+        (at / f"{kind}-{seed}/{name}").mkdir(parents=True)
+        (at / f"{kind}-{seed}/{name}/metrics.json").write_text(json.dumps(content))
+    (at / f"{kind}-{seed}/diffusion/log.jsonl").write_text('{"loss": 3.0}\n{"loss": 0.25}\n')
+    return {f"{at}/{kind}-{seed}/tokenizer/ckpt.pt": {"knn_accuracy": 0.25, "dimensions_for_90_percent": 7,
+                                                     "mixture_nll_per_dimension": {"1": 1.5, "8": 1.25, "64": 1.0}}}
+
+
+def test_many_runs_become_a_table(tmp_path, monkeypatch, capsys):
+    at, out, analysed = tmp_path / "runs", tmp_path / "out", {}
+    for kind, seed, gfd in (("mae_hog", 0, 2.0), ("mae_hog", 1, 4.0), ("ae", 0, 5.0)):
+        analysed |= make_run(at, kind, seed, gfd)
+
+    def table(*args):
+        monkeypatch.setattr(sys, "argv", ["fid.py", "table", *map(str, args)])
+        fid.main()
+        return capsys.readouterr().out
+
+    (at / "analysis").mkdir()
+    (at / "analysis/analysis.json").write_text(json.dumps({"rows": dict(list(analysed.items())[1:])}))
+    with pytest.raises(SystemExit, match="lacks mae_hog-0"):
+        table(at, "--out", out)
+    (at / "analysis/analysis.json").write_text(json.dumps({"rows": analysed}))
+    (at / "vae-0").mkdir()                                # begun, not finished
+    said = table(at, "--out", out)
+    lines = {line.split(" | ")[0].strip("| "): line for line in said.splitlines()}
+    assert lines["samples: gFD"].endswith("| 5.00 | 3.00 ± 1.41 |")      # the plain autoencoder stands first
+    assert lines["samples: gFD, guidance 2"].endswith("| 2.50 | 1.50 ± 0.71 |")
+    assert lines["latents: linear probe, %"].endswith("| 50.0 | 55.0 ± 7.1 |")
+    assert lines["diffusion loss at the end"].endswith("| 0.250 | 0.250 ± 0.000 |")
+    assert "vae-0" in said and "not finished" in said
+    row = json.loads((out / "mae_hog-1.json").read_text())
+    assert row["fd_classifier_by_step"] == {"2": 8.0, "4": 4.0} and row["setup"]["steps"] == 5
+    first = (out / "table.md").read_text()
+    (out / "table.md").unlink()
+    table(out)                                           # once more, from the JSON files alone
+    assert (out / "table.md").read_text() == first
+    assert all(Image.open(out / f"{name}.png").size == (800, 420) for name in ("probe", "mixtures", "training"))
+    analysed |= make_run(at, "ae", 1, 5.0, steps=6)
+    (at / "analysis/analysis.json").write_text(json.dumps({"rows": analysed}))
+    with pytest.raises(SystemExit, match="ae-1 and ae-0 were made with other steps"):
+        table(at, "--out", out)
+
+
 def test_label_rules():
     assert sample.choose_labels("balanced", 5, ["a", "b"], 0).tolist() == [0, 1, 0, 1, 0]
     assert sample.choose_labels("b,0", 3, ["a", "b"], 0).tolist() == [1, 0, 1]

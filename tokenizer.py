@@ -209,7 +209,8 @@ PRESETS = {
     "vae": {"mask_min": 0.0, "mask_max": 0.0, "targets": "none", "kl": 1e-5},
     "mae_pixel": {"targets": "pixel"},
     "mae_hog": {"targets": "hog"},                       # the same as quick
-    "mae_teacher": {"targets": "classifier"},            # [ours] a teacher that needs no download
+    "mae_teacher": {"targets": "classifier", "aux_weight": 0.1},     # [ours] a teacher that needs no download; at weight
+                                                         # 1 the pixels, here without LPIPS, lose 1.6 dB (800 steps)
     "cifar10": {                                         # [ours], for one GPU; not run yet
         "data": "cifar10", "size": 32, "patch": 4, "latents": 16, "channels": 16, "width": 384, "depth": 6, "heads": 6,
         "aux_width": 128, "aux_heads": 2, "batch_size": 256, "steps": 30_000, "stage2_steps": 10_000, "warmup": 500,
