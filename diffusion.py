@@ -274,7 +274,7 @@ def from_official(weights: dict[str, torch.Tensor], heads: int = 0) -> SiT:
     except KeyError as error:
         fail(f"not a released SiT: {error} is missing")
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    heads = heads or {w: h for w, _, h in SIZES.values()}.get(width, width // 64)
+    heads = heads or {w: h for w, _, h in SIZES.values()}.get(width, max(1, width // 64))
     with torch.device("meta"):
         model = SiT(length, channels, rows - 1, width, depth, heads, "blocks.0.attn.q_norm.weight" in weights)
     load_strictly(model, {k: v.float() for k, v in weights.items()}, "a released SiT")
@@ -660,7 +660,8 @@ def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, im
         remade = Made(len(val), lambda i: reconstruct(tokenizer, val[i], run))
         noise = Made(n, lambda i: to_uint8(decode(ImageNoise(i, cfg.seed, model.shape, run.device)())))
         with torch.no_grad():
-            rows = {"samples": judge(Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run)), y),
+            samples = Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run))
+            rows = {"samples": judge(samples, y, remade),
                     "decoded noise": judge(noise, y),
                     "reconstructed validation images": judge(remade, val.labels),
                     "real validation images": judge.reference}

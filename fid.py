@@ -722,10 +722,15 @@ class Judge:
         self.run, (self.net, state) = run, keep_classifier(train, run, 0, statistics)
         self.mean, self.cov, self.reference = state["mean"], state["cov"], state["reference"]
 
-    def __call__(self, images, labels: torch.Tensor | None = None) -> dict:
-        """fd_classifier of uint8 images against the training images, and the share of their labels recognised."""
+    def __call__(self, images, labels: torch.Tensor | None = None, remade=None) -> dict:
+        """fd_classifier of uint8 images against the training images, and the share of their labels recognised.
+
+        With `remade`, reconstructed real images, also the distance to these: what the generator alone is to blame for.
+        """
         mean, cov, accuracy = score_images(self.net, images, labels, self.run)
         facts = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
+        if remade is not None:
+            facts["fd_to_reconstructions"] = frechet_distance(mean, cov, *score_images(self.net, remade, None, self.run)[:2])
         return facts | ({"class_accuracy": accuracy} if labels is not None else {})
 
 
@@ -896,6 +901,7 @@ MEASURES = {                                             # rows of the table: ke
     "reconstruction: rFD, stage 1": ("stage1.fd_classifier", 2, 1),
     "reconstruction: rFD, stage 2": ("stage2.fd_classifier", 2, 1),
     "samples: gFD": ("samples.fd_classifier", 2, 1),
+    "samples: gFD against reconstructions": ("samples.fd_to_reconstructions", 2, 1),
     "samples: gFD, decoder of stage 1": ("samples_stage1.fd_classifier", 2, 1),
     "samples: gFD, guidance 2": ("samples_guided.fd_classifier", 2, 1),
     "samples: recognised, %": ("samples.class_accuracy", 1, 100),
@@ -964,9 +970,7 @@ def table(cfg: Config) -> None:
         if row["setup"] != rows[0]["setup"]:
             fail(f"{row['kind']}-{row['seed']} and {rows[0]['kind']}-{rows[0]['seed']} were made with other steps, "
                  f"images or samplers: {row['setup']} and {rows[0]['setup']}")
-    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in dict.fromkeys(
-        [k for k in ("ae", "vae", "mae_pixel", "mae_hog", "mae_teacher") if k in {row["kind"] for row in rows}]
-        + [row["kind"] for row in rows])}
+    kinds = by_kind(rows)
     (out / "table.md").write_text(markdown(kinds))
     mean = {kind: lambda key, of=of: float(np.mean([number(row, key) for row in of])) for kind, of in kinds.items()}
     save_curves(out / "probe.png", {kind: [(100 * row["linear_probe"], row["samples"]["fd_classifier"]) for row in of]
@@ -984,6 +988,12 @@ def table(cfg: Config) -> None:
         save_grid(out / "samples.png", shown, 10, names=[kind for kind in firsts for _ in range(10)])
     print((out / "table.md").read_text(), f"wrote {out}/table.md, probe.png, mixtures.png, training.png"
           f"{', samples.png' if firsts else ''} of {len(rows)} runs", sep="\n")
+
+
+def by_kind(rows: list[dict]) -> dict[str, list]:
+    """Rows of the same kind together, those without masks first."""
+    kinds = sorted({row["kind"] for row in rows}, key=lambda kind: (kind.startswith("mae"), kind))
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
 
 
 def markdown(kinds: dict[str, list]) -> str:

@@ -18,6 +18,7 @@ import tarfile
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -1479,6 +1480,7 @@ def test_the_four_scripts_run_and_write_what_they_say(chain):
     rows = json.loads((at / "out/diffusion/metrics.json").read_text())["rows"]
     assert rows["real validation images"]["class_accuracy"] > 0.9
     assert rows["decoded noise"]["fd_classifier"] > rows["real validation images"]["fd_classifier"]
+    assert 0 < rows["samples"]["fd_to_reconstructions"] != rows["samples"]["fd_classifier"]
     with np.load(at / "out/samples/samples.npz") as z:
         assert z["arr_0"].shape == (30, 16, 16, 3) and z["arr_0"].dtype == np.uint8
         assert z["labels"].tolist() == [i % 10 for i in range(30)] and z["classes"].tolist() == list(data.SHAPES)
@@ -2404,11 +2406,121 @@ def test_imports_go_one_way():
 
 
 def test_readme_counts_the_lines():
-    readme = (HERE / "README.md").read_text()
+    readme = README.read_text()
     for path in HERE.glob("*.py"):
         said = int(re.search(rf"\| \[{path.name}\].*?\| (\d+) \|", readme)[1])
         assert said == pytest.approx(len(path.read_text().splitlines()), rel=0.03), path.name
     assert "@@" not in readme
+
+
+README = HERE / "README.md"
+
+
+def test_every_command_of_the_readme_runs(cache, made_weights, tmp_path):
+    """All of its sh blocks, by bash as they stand, but: installing is left out (.ci/run does it), placeholders become
+    small files, torchrun one process, and each script is given the smallest sizes behind its own flags.
+    """
+    at = tmp_path / "files"
+    for folder, count in (("images", 40), ("A", 8), ("B", 9)):
+        make_folder(at / folder, count, ("",), 16)
+    weights = golden("maetok/tokenizer_tiny_b_movq")[1]
+    for name, tensors, facts in (("maetok-b-128", weights, {"vq_mean": 0.5, "vq_std": 2.0}),
+                                 ("sit-xl", golden("maetok/sit_tiny_b")[1], {"num_heads": 6})):
+        (at / name).mkdir()
+        write_safetensors(at / name / "model.safetensors", tensors)
+        (at / name / "config.json").write_text(json.dumps(facts))
+    sizes = {"tokenizer": [*TINY, "--steps", 2, "--stage2-steps", 1, "--batch-size", 4, "--aux-heads", 2,
+                           "--weights", made_weights],
+             "diffusion": [*TINY_SIT, "--steps", 4, "--keep-every", 2, "--samples", 20, "--batch-size", 8],
+             "sample": ["--images", 20, "--steps", 2], "fid": ["--weights", made_weights], "data": ["--size", 16]}
+    cases = "".join(f"{name}.py) shift; exec {sys.executable} {HERE}/{name}.py \"$@\" {' '.join(map(str, more))};;\n"
+                    for name, more in sizes.items())
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin" / name).write_text(
+            f'#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\ncase $1 in\n{cases}'
+            f'-m) exec {sys.executable} "$@" --collect-only;;\nesac\necho "what is $*?"; exit 1\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    stand_ins = {"path/to/images": at / "images", "/data/imagenet": at / "images", "path/to/maetok-b-128": at / "maetok-b-128",
+                 "path/to/sit-xl": at / "sit-xl", " A B": f" {at}/A {at}/B", "stats B": f"stats {at}/B",
+                 "step-100": "step-2", "step-200": "step-4", "0 1 2": "0", "mae_hog ae mae_teacher vae mae_pixel": "mae_hog",
+                 " test_all.py": f" {HERE}/test_all.py"}
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    used = set()
+    for i, block in enumerate(blocks):
+        block = re.sub(r"python3 -m venv .*?requirements.txt( pytest==[\d.]+)? && ", "", block)
+        for old, new in stand_ins.items():
+            used |= {old} if old in block else set()
+            block = block.replace(old, str(new))
+        blocks[i] = "set -e\n" + block
+    assert used == stand_ins.keys() and sum("torchrun" in block for block in blocks) >= 4
+
+    def execute(i):
+        (tmp_path / str(i)).mkdir()
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", blocks[i]], cwd=tmp_path / str(i), env=env, capture_output=True, text=True,
+                              check=False)
+        return done.returncode, blocks[i] + done.stdout[-2000:] + done.stderr[-2000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        for code, said in pool.map(execute, range(len(blocks))):
+            assert code == 0, said
+    (finding,) = (i for i, block in enumerate(blocks) if "finding()" in block)
+    found = tmp_path / str(finding) / "results/finding"
+    assert {p.name for p in found.iterdir()} == {"mae_hog-0.json", "table.md", "probe.png", "mixtures.png",
+                                                 "training.png", "samples.png"}
+
+
+# Numbers of the README that are no measurement of ours. Of the paper: its tables and figures as the README quotes them
+PAPERS = {"40", "60", "0.67", "24.47", "0.85", "5.78", "0.48", "5.69", "1.22", "22.17", "1.75", "18.17", "1.15", "17.18",
+          "2.43", "13.54", "0.89", "6.24", "23.61", "2.31", "1.67"}
+# settings, versions, and limits that a test or an error message states
+SETTINGS = {"0.75", "2.0", "1.0", "3.0", "45", "90", "1", "2.13.0", "0.4.0", "2.9.0", "2.14.1", "2.11", "3.10", "3.11", "3.13",
+            "3.2", "3.3", "3.1", "171.9"}
+
+
+def test_numbers_in_the_readme_are_in_the_results():
+    """Every decimal number and every percentage outside code: a rounded value of some file in results/, or named above.
+
+    And the table of the finding is the one that its files make.
+    """
+    found = []
+
+    def leaves(x):
+        for value in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            leaves(value)
+        if isinstance(x, (int, float)):
+            found.append(float(x))
+        if isinstance(x, str):
+            found.extend(float(n) for n in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", x))
+
+    for path in (HERE / "results").rglob("*.json"):
+        leaves(json.loads(path.read_text()))
+    rows = [json.loads(path.read_text()) for path in sorted((HERE / "results/finding").glob("*.json"))]
+    table = fid.markdown(fid.by_kind(rows))
+    readme = README.read_text()
+    assert table.strip() in readme
+    readme = re.sub(r"^```.*?^```|`[^`]*`|\]\(.*?\)|^#.*?$|Eq\. ?\d+|\(\[arXiv.*?\]", " ", readme.replace(table.strip(), ""),
+                    flags=re.MULTILINE | re.DOTALL)
+    values, unknown = np.array(found), []
+    for text, percent in re.findall(r"(?<![\w.\-])(\d[\d,]*(?:\.\d+)*)( %)?", readme):
+        text = text.rstrip(",").replace(",", "")
+        if ("." in text or percent) and text not in PAPERS | SETTINGS:
+            if text.count(".") > 1:
+                unknown.append(text)
+                continue
+            half = 0.5 * 10.0 ** -len(text.partition(".")[2]) + 1e-9
+            if not any((np.abs(scale * values - float(text)) <= half).any() for scale in (1, 100)):
+                unknown.append(text)
+    assert not unknown
+
+
+def test_code_in_the_readme_is_the_code():
+    sources = [[line.strip() for line in path.read_text().splitlines()] for path in HERE.glob("*.py")]
+    for block in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL):
+        for part in block.strip().split("\n\n"):
+            lines = [line.strip() for line in part.splitlines()]
+            assert any(lines == source[i:i + len(lines)] for source in sources for i in range(len(source))), part
 
 
 def make_run(at, kind, seed, gfd, steps=5):
@@ -2416,7 +2528,8 @@ def make_run(at, kind, seed, gfd, steps=5):
     for name, content in {
             "tokenizer": {"stage1": {"psnr": 20.0, "fd_classifier": 2.0}, "stage2": {"psnr": 21.0, "fd_classifier": 1.0},
                           "linear_probe": 0.5 + seed / 10, "steps": steps, "stage2_steps": 3, "precision": "fp32", "commit": "a"},
-            "diffusion": {"rows": {"samples": {"fd_classifier": gfd, "class_accuracy": 0.5, "images": 9},
+            "diffusion": {"rows": {"samples": {"fd_classifier": gfd, "class_accuracy": 0.5, "images": 9,
+                                               "fd_to_reconstructions": gfd - 1},
                                    "real validation images": {"fd_classifier": 0.1}},
                           "sampling": {"sampler": "heun", "seed": seed}, "steps": 4, "commit": "b"},
             "guided": {"samples": {"fd_classifier": gfd / 2, "class_accuracy": 0.75}, "sampling": {"guidance": 2.0},
