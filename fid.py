@@ -559,7 +559,7 @@ def mixture_log_prob(x: torch.Tensor, weights, means, covariances) -> torch.Tens
 def fit_mixture(x: torch.Tensor, k: int, seed: int = 0, iterations: int = 100, floor: float = 1e-3) -> tuple:
     """Weights, means and full covariances of k Gaussians by EM in float64, started by k-means++ and ten k-means steps.
 
-    `floor` is added to the variances; the fit ends when the mean log-likelihood gains less than 1e-4.
+    `floor` is added to the variances; the fit ends when the log-likelihood per dimension gains less than 1e-4.
     """
     x, g = x.double(), torch.Generator().manual_seed(seed)
     if len(x) < 2 * k:
@@ -582,13 +582,13 @@ def fit_mixture(x: torch.Tensor, k: int, seed: int = 0, iterations: int = 100, f
         joint = mixture_log_prob(x, weights, means, covariances)
         total = joint.logsumexp(1)
         responsibility = (joint - total[:, None]).exp()
-        if total.mean() - before < 1e-4:
+        if total.mean() - before < 1e-4 * x.shape[1]:
             break
         before = total.mean()
     return weights, means, covariances
 
 
-def mixture_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32, 64), seed: int = 0) -> dict[int, float]:
+def mixture_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), seed: int = 0) -> dict[int, float]:
     """Held-out negative log-likelihood per dimension of growing mixtures (App. B.3): PCA to `dims`, standardise."""
     mean, axes, _ = principal_components(train_z)
     z, v = ((x.double() - mean) @ axes[:, :dims] for x in (train_z, val_z))
@@ -893,7 +893,7 @@ def write_statistics(cfg: Config, run: Run) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Many runs side by side: one JSON a run, the table, the pictures. A run is a folder KIND-SEED with tokenizer/, diffusion/
-# (evaluated without guidance), guided/, stage1/ (samples decoded by the decoder of stage 1) and step-N/ (earlier models)
+# (evaluated without guidance), analysis/, guided/, stage1/ (samples decoded by stage 1) and step-N/ (earlier models)
 
 MEASURES = {                                             # rows of the table: key, digits, factor
     "reconstruction: PSNR, stage 1": ("stage1.psnr", 2, 1),
@@ -912,7 +912,7 @@ MEASURES = {                                             # rows of the table: ke
     "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
     "latents: NLL per dimension, 1 Gaussian": ("mixture_nll_per_dimension.1", 3, 1),
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
-    "latents: NLL per dimension, 64 Gaussians": ("mixture_nll_per_dimension.64", 3, 1),
+    "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
 }
 
 
@@ -921,22 +921,24 @@ def number(row: dict, key: str) -> float:
     return functools.reduce(lambda found, name: found[name], key.split("."), row)
 
 
-def collect(folder: Path, analysis: dict) -> dict:
+def collect(folder: Path) -> dict:
     """What the commands left in one run's folder, as one dict; `setup` must be the same in runs that are compared."""
     kind, _, seed = folder.name.rpartition("-")
     tok = read_json(folder / "tokenizer/metrics.json", "stage1", "stage2", "linear_probe")
     gen = read_json(folder / "diffusion/metrics.json", "rows", "sampling")
     guided, stage1 = (read_json(folder / name / "metrics.json", "samples", "sampling") for name in ("guided", "stage1"))
+    analysis = read_json(folder / "analysis/analysis.json", "rows", "dimensions")
+    (latents,) = analysis["rows"].values()
     log = [json.loads(line) for line in (folder / "diffusion/log.jsonl").read_text().splitlines()]
     training = {int(path.parent.name[5:]): read_json(path, "samples")["samples"]["fd_classifier"]
                 for path in folder.glob("step-*/metrics.json")}
     training[gen["steps"]] = gen["rows"]["samples"]["fd_classifier"]
     setup = {"steps": tok["steps"], "stage2_steps": tok["stage2_steps"], "diffusion_steps": gen["steps"],
-             "precision": tok["precision"], "images": gen["rows"]["samples"]["images"],
+             "precision": tok["precision"], "dimensions": analysis["dimensions"], "images": gen["rows"]["samples"]["images"],
              "sampling": {k: v for k, v in gen["sampling"].items() if k != "seed"}, "guided": guided["sampling"]["guidance"]}
     return {"kind": kind, "seed": int(seed), "setup": setup, "commit": [tok["commit"], gen["commit"], guided["commit"]],
             "stage1": tok["stage1"], "stage2": tok["stage2"], "linear_probe": tok["linear_probe"],
-            **{k: analysis[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
+            **{k: latents[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
             "samples": gen["rows"]["samples"], "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
             "real_validation_images": gen["rows"]["real validation images"], "diffusion_loss": log[-1]["loss"],
             "fd_classifier_by_step": dict(sorted(training.items()))}
@@ -949,20 +951,15 @@ def table(cfg: Config) -> None:
     """
     runs, out = Path(cfg.table), Path(cfg.out or cfg.table)
     begun = sorted(path for path in runs.glob("*-*") if path.is_dir())
-    folders = [path for path in begun if all((path / name / "metrics.json").exists() for name in (
-        "tokenizer", "diffusion", "guided", "stage1"))]
+    folders = [path for path in begun if all((path / name).exists() for name in (
+        "tokenizer/metrics.json", "diffusion/metrics.json", "guided/metrics.json", "stage1/metrics.json",
+        "analysis/analysis.json"))]
     for path in begun:
         if path not in folders:
             print(f"{path} is not finished: left out")
-    if folders:
-        analysed = read_json(runs / "analysis/analysis.json", "rows")["rows"]
-        by_run = {Path(path).parent.parent.name: row for path, row in analysed.items()}
-        missing = [folder.name for folder in folders if folder.name not in by_run]
-        if missing:
-            fail(f"{runs}/analysis/analysis.json lacks {', '.join(missing)}: run tokenizer.py --analyse on all of them")
     out.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        write_json(out / f"{folder.name}.json", collect(folder, by_run[folder.name]))
+        write_json(out / f"{folder.name}.json", collect(folder))
     rows = [read_json(path, "kind", "setup") for path in sorted(out.glob("*-*.json"))]
     if not rows:
         fail(f"{runs} holds no finished run KIND-SEED, and {out} no KIND-SEED.json")

@@ -137,6 +137,7 @@ class Config(Common):
     weights: str = setting("", "folder of pretrained networks; what is missing is downloaded into it; empty: the cache")
     rfid: bool = setting(False, "evaluate rFID, too (needs the Inception weights)")
     analyse: str = setting("", "analyse the latents of these checkpoints (commas between), write to --out and stop")
+    dims: int = setting(0, "dimensions of that analysis; 0: the least that hold 90 % of the variance of each")
     from_official: str = setting("", "convert this released checkpoint (its folder or file) to --out and stop")
     steps: int = setting(2250, "steps of stage 1")
     stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
@@ -1258,7 +1259,7 @@ def benchmark(cfg: Config, run: Run, images: Images) -> None:
 def analyse(cfg: Config, run: Run) -> None:
     """--analyse: linear probe, nearest neighbours and mixtures (App. B.3) of the latents of some tokenizers, compared.
 
-    All are projected to one dimension, the least that explains 90 % of the variance of each.
+    All are projected to one number of dimensions, --dims or the least that explain 90 % of the variance of each.
     """
     out = run.claim(cfg.out)
     if not run.main:
@@ -1278,10 +1279,10 @@ def analyse(cfg: Config, run: Run) -> None:
         latents[path] = z.flatten(1), v.flatten(1)
         enough = int((principal_components(latents[path][0])[2] < 0.9).sum()) + 1
         rows[path]["dimensions_for_90_percent"] = enough
-        dims = max(dims, enough)
+        dims = cfg.dims or max(dims, enough)
     for path, (z, v) in latents.items():
         if z.shape[1] < dims:
-            fail(f"--analyse: {path} has {z.shape[1]} numbers per image, fewer than the {dims} that another needs")
+            fail(f"--analyse: {path} has {z.shape[1]} numbers per image, fewer than {dims}")
         z, v = (x.to("cuda") if run.device.type == "cuda" else x for x in (z, v))
         rows[path]["mixture_nll_per_dimension"] = mixture_curve(z, v, dims, seed=cfg.seed)
         run.print(path, *(f"{k} {v:.4g}" for k, v in rows[path].items() if isinstance(v, (int, float))),
