@@ -1153,7 +1153,7 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
 
 FREE = {"fresh", "compile", "precision", "out", "log_every", "save_every", "preview_every", "micro_batch", "samples",
         "sampler", "sampling_steps", "guidance", "guidance_low", "guidance_high", "weights",
-        "keep_every", "rfid", "analyse", "skip_nonfinite", "recompute", "bench"}       # may differ on resuming
+        "keep_every", "rfid", "analyse", "dims", "skip_nonfinite", "recompute", "bench"}       # may differ on resuming
 
 
 def resume(path: Path, kind: str, cfg, belongs: dict, run: Run) -> dict | None:

@@ -673,6 +673,8 @@ def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, im
         for name, row in rows.items():
             run.print(f"{name:32s} N={row['images']:<6d} fd_classifier {row['fd_classifier']:8.3f}   "
                       f"recognised by class {row['class_accuracy']:6.1%}")
+        if rows:
+            run.print(f"samples against reconstructions: fd_classifier {rows['samples']['fd_to_reconstructions']:.3f}")
         run.print(f"wrote {cfg.out}/ckpt.pt, samples.png, metrics.json in {time.time() - began:.0f} s")
 
 

@@ -63,6 +63,7 @@ from data import (
     setting,
     start,
     to_float,
+    write_atomically,
     write_json,
 )
 
@@ -73,7 +74,7 @@ class Config:
     data: str = setting("", "the set B to compare with; empty: the data set named in the samples file")
     stats: str = setting("", "write the statistics of this set to --out and stop")
     table: str = setting("", "compare the runs KIND-SEED in this folder, write table and pictures to --out and stop")
-    out: str = setting("", "JSON file to write, with --stats npz; empty: metrics.json beside the samples")
+    out: str = setting("", "JSON file to write, with --stats npz, with --table folder; empty: metrics.json beside the samples, or the runs")
     features: str = setting("", "any of classifier, fid, dinov2; empty: fid for `fid.py A B`, else classifier")
     resize: str = setting("tf1", "to 299 pixels for fid: tf1 as ADM, or as pytorch-fid", ("tf1", "pytorch-fid"))
     size: int = setting(0, "side of a data set given by name; 0: that of the samples")
@@ -725,7 +726,7 @@ class Judge:
     def __call__(self, images, labels: torch.Tensor | None = None, remade=None) -> dict:
         """fd_classifier of uint8 images against the training images, and the share of their labels recognised.
 
-        With `remade`, reconstructed real images, also the distance to these: what the generator alone is to blame for.
+        With `remade`, reconstructed validation images, also the distance to these: it leaves out what the decoder spoils.
         """
         mean, cov, accuracy = score_images(self.net, images, labels, self.run)
         facts = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
@@ -901,47 +902,58 @@ MEASURES = {                                             # rows of the table: ke
     "reconstruction: rFD, stage 1": ("stage1.fd_classifier", 2, 1),
     "reconstruction: rFD, stage 2": ("stage2.fd_classifier", 2, 1),
     "samples: gFD": ("samples.fd_classifier", 2, 1),
-    "samples: gFD against reconstructions": ("samples.fd_to_reconstructions", 2, 1),
+    "samples: distance to reconstructions": ("samples.fd_to_reconstructions", 2, 1),
     "samples: gFD, decoder of stage 1": ("samples_stage1.fd_classifier", 2, 1),
-    "samples: gFD, guidance 2": ("samples_guided.fd_classifier", 2, 1),
+    "samples: gFD, guided": ("samples_guided.fd_classifier", 2, 1),
     "samples: recognised, %": ("samples.class_accuracy", 1, 100),
-    "samples: recognised, guidance 2, %": ("samples_guided.class_accuracy", 1, 100),
+    "samples: recognised, guided, %": ("samples_guided.class_accuracy", 1, 100),
     "diffusion loss at the end": ("diffusion_loss", 3, 1),
     "latents: linear probe, %": ("linear_probe", 1, 100),
     "latents: k-NN, %": ("knn_accuracy", 1, 100),
     "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
-    "latents: NLL per dimension, 1 Gaussian": ("mixture_nll_per_dimension.1", 3, 1),
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
     "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
 }
+PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "diffusion/log.jsonl",
+         "stage1/metrics.json", "guided/metrics.json")
 
 
 def number(row: dict, key: str) -> float:
     """row["a"]["b"] for the key "a.b"."""
-    return functools.reduce(lambda found, name: found[name], key.split("."), row)
+    return float(functools.reduce(lambda found, name: found[name], key.split("."), row))
 
 
 def collect(folder: Path) -> dict:
     """What the commands left in one run's folder, as one dict; `setup` must be the same in runs that are compared."""
-    kind, _, seed = folder.name.rpartition("-")
-    tok = read_json(folder / "tokenizer/metrics.json", "stage1", "stage2", "linear_probe")
-    gen = read_json(folder / "diffusion/metrics.json", "rows", "sampling")
-    guided, stage1 = (read_json(folder / name / "metrics.json", "samples", "sampling") for name in ("guided", "stage1"))
-    analysis = read_json(folder / "analysis/analysis.json", "rows", "dimensions")
-    (latents,) = analysis["rows"].values()
-    log = [json.loads(line) for line in (folder / "diffusion/log.jsonl").read_text().splitlines()]
-    training = {int(path.parent.name[5:]): read_json(path, "samples")["samples"]["fd_classifier"]
-                for path in folder.glob("step-*/metrics.json")}
-    training[gen["steps"]] = gen["rows"]["samples"]["fd_classifier"]
-    setup = {"steps": tok["steps"], "stage2_steps": tok["stage2_steps"], "diffusion_steps": gen["steps"],
-             "precision": tok["precision"], "dimensions": analysis["dimensions"], "images": gen["rows"]["samples"]["images"],
-             "sampling": {k: v for k, v in gen["sampling"].items() if k != "seed"}, "guided": guided["sampling"]["guidance"]}
-    return {"kind": kind, "seed": int(seed), "setup": setup, "commit": [tok["commit"], gen["commit"], guided["commit"]],
-            "stage1": tok["stage1"], "stage2": tok["stage2"], "linear_probe": tok["linear_probe"],
-            **{k: latents[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
-            "samples": gen["rows"]["samples"], "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
-            "real_validation_images": gen["rows"]["real validation images"], "diffusion_loss": log[-1]["loss"],
-            "fd_classifier_by_step": dict(sorted(training.items()))}
+    try:
+        kind, _, seed = folder.name.rpartition("-")
+        tok, analysis, gen, _, stage1, guided = (json.loads((folder / part).read_text()) if part.endswith(".json") else {}
+                                                 for part in PARTS)
+        (latents,) = analysis["rows"].values()
+        log = [json.loads(line) for line in (folder / "diffusion/log.jsonl").read_text().splitlines()]
+        by_step = {int(path.parent.name[5:]): json.loads(path.read_text())["samples"]["fd_classifier"]
+                   for path in folder.glob("step-*/metrics.json")} | {gen["steps"]: gen["rows"]["samples"]["fd_classifier"]}
+        sampling = {k: v for k, v in gen["sampling"].items() if k != "seed"}
+        row = {"kind": kind, "seed": int(seed), "commit": [tok["commit"], gen["commit"], guided["commit"]],
+               "setup": {"steps": tok["steps"], "stage2_steps": tok["stage2_steps"], "diffusion_steps": gen["steps"],
+                         "precision": tok["precision"], "data": latents["data"], "latents": latents["latents"],
+                         "dimensions": analysis["dimensions"], "images": gen["rows"]["samples"]["images"],
+                         "sampling": sampling, "guided": guided["sampling"]["guidance"],
+                         "scored_at_steps": sorted(by_step)},
+               "stage1": tok["stage1"], "stage2": tok["stage2"], "linear_probe": tok["linear_probe"],
+               **{k: latents[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
+               "samples": gen["rows"]["samples"], "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
+               "real_validation_images": gen["rows"]["real validation images"], "diffusion_loss": log[-1]["loss"],
+               "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)}}
+        for key, *_ in MEASURES.values():
+            number(row, key)
+    except LOAD_ERRORS as error:
+        fail(f"{folder} is not a whole run KIND-SEED as the README lays it out ({in_a_line(error)}); make it anew, or move it away")
+    for name, of in (("stage1", stage1), ("guided", guided)):
+        if of["sampling"].get("training_steps") != gen["steps"]:
+            fail(f"{folder / name}: samples of a model of {of['sampling'].get('training_steps')} steps, not {gen['steps']}: "
+                 "remove it and run again")
+    return row
 
 
 def table(cfg: Config) -> None:
@@ -950,40 +962,47 @@ def table(cfg: Config) -> None:
     RUNS may also be such a DIR: then table and pictures are made from its JSON files (samples.png needs the samples).
     """
     runs, out = Path(cfg.table), Path(cfg.out or cfg.table)
-    begun = sorted(path for path in runs.glob("*-*") if path.is_dir())
-    folders = [path for path in begun if all((path / name).exists() for name in (
-        "tokenizer/metrics.json", "diffusion/metrics.json", "guided/metrics.json", "stage1/metrics.json",
-        "analysis/analysis.json"))]
-    for path in begun:
-        if path not in folders:
-            print(f"{path} is not finished: left out")
-    out.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        write_json(out / f"{folder.name}.json", collect(folder))
-    rows = [read_json(path, "kind", "setup") for path in sorted(out.glob("*-*.json"))]
+    if not runs.is_dir():
+        fail(f"{runs}: no such folder")
+    folders, rows = sorted(path for path in runs.glob("*-*") if path.is_dir()), []
+    for path in folders:
+        if missing := [part for part in PARTS if not (path / part).exists()]:
+            print(f"{path} is left out: it has no {missing[0]}")
+        else:
+            rows.append(collect(path))
+    if not folders:
+        rows = [read_json(path, "kind", "seed", "setup") for path in sorted(runs.glob("*-*.json"))]
     if not rows:
-        fail(f"{runs} holds no finished run KIND-SEED, and {out} no KIND-SEED.json")
+        fail(f"{runs} holds no finished run KIND-SEED, nor KIND-SEED.json")
     for row in rows:
         if row["setup"] != rows[0]["setup"]:
             fail(f"{row['kind']}-{row['seed']} and {rows[0]['kind']}-{rows[0]['seed']} were made with other steps, "
                  f"images or samplers: {row['setup']} and {rows[0]['setup']}")
+    out.mkdir(parents=True, exist_ok=True)
+    for row in rows if folders else ():
+        write_json(out / f"{row['kind']}-{row['seed']}.json", row)
     kinds = by_kind(rows)
-    (out / "table.md").write_text(markdown(kinds))
-    mean = {kind: lambda key, of=of: float(np.mean([number(row, key) for row in of])) for kind, of in kinds.items()}
+    write_atomically(out / "table.md", markdown(kinds).encode())
+
+    def curves(name):
+        """Per kind: the mean over its seeds at each x of the dict `name`."""
+        return {kind: [(int(x), float(np.mean([row[name][x] for row in of]))) for x in of[0][name]] for kind, of in kinds.items()}
+
     save_curves(out / "probe.png", {kind: [(100 * row["linear_probe"], row["samples"]["fd_classifier"]) for row in of]
                                     for kind, of in kinds.items()},
                 "linear probe of the latents, %", "gFD without guidance, a point per seed", join=False)
-    save_curves(out / "mixtures.png", {kind: [(int(k), mean[kind](f"mixture_nll_per_dimension.{k}"))
-                                              for k in of[0]["mixture_nll_per_dimension"]] for kind, of in kinds.items()},
-                "Gaussians in the mixture", "held-out negative log-likelihood per dimension, mean of the seeds", log_x=True)
-    save_curves(out / "training.png", {kind: [(int(k), mean[kind](f"fd_classifier_by_step.{k}"))
-                                              for k in of[0]["fd_classifier_by_step"]] for kind, of in kinds.items()},
-                "training steps of the generator", "gFD without guidance, mean of the seeds")
-    firsts = {kind: path for kind, of in kinds.items() if (path := runs / f"{kind}-{of[0]['seed']}/guided/samples.npz").exists()}
+    save_curves(out / "mixtures.png", curves("mixture_nll_per_dimension"), "Gaussians in the mixture",
+                "held-out negative log-likelihood per dimension, mean of the seeds", log_x=True)
+    save_curves(out / "training.png", curves("fd_classifier_by_step"), "training steps of the generator",
+                "gFD without guidance, mean of the seeds")
+    firsts = {kind: path for kind, of in kinds.items()
+              if (path := runs / f"{kind}-{of[0]['seed']}/guided/samples.npz").exists()}
     if firsts:
-        shown = torch.cat([load_samples(path)[0][np.arange(10)] for path in firsts.values()])
-        save_grid(out / "samples.png", shown, 10, names=[kind for kind in firsts for _ in range(10)])
-    print((out / "table.md").read_text(), f"wrote {out}/table.md, probe.png, mixtures.png, training.png"
+        images = [load_samples(path)[0] for path in firsts.values()]
+        shown = min(10, *map(len, images))
+        save_grid(out / "samples.png", torch.cat([of[np.arange(shown)] for of in images]), shown,
+                  names=[kind for kind in firsts for _ in range(shown)])
+    print(markdown(kinds), f"wrote {out}/table.md, probe.png, mixtures.png, training.png"
           f"{', samples.png' if firsts else ''} of {len(rows)} runs", sep="\n")
 
 

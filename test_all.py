@@ -2466,7 +2466,7 @@ def test_every_command_of_the_readme_runs(cache, made_weights, tmp_path):
         for code, said in pool.map(execute, range(len(blocks))):
             assert code == 0, said
     (finding,) = (i for i, block in enumerate(blocks) if "finding()" in block)
-    found = tmp_path / str(finding) / "results/finding"
+    found = tmp_path / str(finding) / "out/finding/table"
     assert {p.name for p in found.iterdir()} == {"mae_hog-0.json", "table.md", "probe.png", "mixtures.png",
                                                  "training.png", "samples.png"}
 
@@ -2532,11 +2532,12 @@ def make_run(at, kind, seed, gfd, steps=5):
                                                "fd_to_reconstructions": gfd - 1},
                                    "real validation images": {"fd_classifier": 0.1}},
                           "sampling": {"sampler": "heun", "seed": seed}, "steps": 4, "commit": "b"},
-            "guided": {"samples": {"fd_classifier": gfd / 2, "class_accuracy": 0.75}, "sampling": {"guidance": 2.0},
-                       "commit": "c"},
-            "stage1": {"samples": {"fd_classifier": gfd + 1, "class_accuracy": 0.5}, "sampling": {}, "commit": "c"},
+            "guided": {"samples": {"fd_classifier": gfd / 2, "class_accuracy": 0.75}, "sampling": {"guidance": 2.0,
+                       "training_steps": 4}, "commit": "c"},
+            "stage1": {"samples": {"fd_classifier": gfd + 1, "class_accuracy": 0.5},
+                       "sampling": {"training_steps": 4}, "commit": "c"},
             "step-2": {"samples": {"fd_classifier": 2 * gfd}},
-            "analysis": {"dimensions": 9, "rows": {"ckpt.pt": {
+            "analysis": {"dimensions": 9, "rows": {"ckpt.pt": {"data": "shapes", "latents": [2, 3],
                 "knn_accuracy": 0.25, "dimensions_for_90_percent": 7,
                 "mixture_nll_per_dimension": {"1": 1.5, "8": 1.25, "32": 1.0}}}}}.items():
         (at / f"{kind}-{seed}/{name}").mkdir(parents=True)
@@ -2559,10 +2560,10 @@ def test_many_runs_become_a_table(tmp_path, monkeypatch, capsys):
     said = table(at, "--out", out)
     lines = {line.split(" | ")[0].strip("| "): line for line in said.splitlines()}
     assert lines["samples: gFD"].endswith("| 5.00 | 3.00 ± 1.41 |")      # the plain autoencoder stands first
-    assert lines["samples: gFD, guidance 2"].endswith("| 2.50 | 1.50 ± 0.71 |")
+    assert lines["samples: gFD, guided"].endswith("| 2.50 | 1.50 ± 0.71 |")
     assert lines["latents: linear probe, %"].endswith("| 50.0 | 55.0 ± 7.1 |")
     assert lines["diffusion loss at the end"].endswith("| 0.250 | 0.250 ± 0.000 |")
-    assert "vae-0" in said and "not finished" in said
+    assert "vae-0 is left out: it has no tokenizer/metrics.json" in said
     row = json.loads((out / "mae_hog-1.json").read_text())
     assert row["fd_classifier_by_step"] == {"2": 8.0, "4": 4.0} and row["setup"]["steps"] == 5
     first = (out / "table.md").read_text()
@@ -2570,6 +2571,17 @@ def test_many_runs_become_a_table(tmp_path, monkeypatch, capsys):
     table(out)                                           # once more, from the JSON files alone
     assert (out / "table.md").read_text() == first
     assert all(Image.open(out / f"{name}.png").size == (800, 420) for name in ("probe", "mixtures", "training"))
+    half = at / "mae_hog-0/guided/metrics.json"          # samples of a generator that was stopped half way
+    whole = half.read_text()
+    for text, message in ((whole.replace('"training_steps": 4', '"training_steps": 2'), "of 2 steps, not 4"),
+                          (whole.replace("fd_classifier", "fd"), "not a whole run"), (whole[:40], "not a whole run")):
+        half.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            table(at, "--out", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    half.write_text(whole)
+    with pytest.raises(SystemExit, match="nowhere: no such folder"):
+        table(tmp_path / "nowhere")
     make_run(at, "ae", 1, 5.0, steps=6)
     with pytest.raises(SystemExit, match="ae-1 and ae-0 were made with other steps"):
         table(at, "--out", out)
