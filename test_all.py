@@ -2500,7 +2500,7 @@ def test_numbers_in_the_readme_are_in_the_results():
     table = fid.markdown(fid.by_kind(rows))
     readme = README.read_text()
     assert table.strip() in readme
-    readme = re.sub(r"^```.*?^```|`[^`]*`|\]\(.*?\)|^#.*?$|Eq\. ?\d+|\(\[arXiv.*?\]", " ", readme.replace(table.strip(), ""),
+    readme = re.sub(r"^```.*?^```|`[^`]*`|\]\(.*?\)|^#.*?$|Eq\. ?\d+|\(\[arXiv.*?\)", " ", readme.replace(table.strip(), ""),
                     flags=re.MULTILINE | re.DOTALL)
     values, unknown = np.array(found), []
     for text, percent in re.findall(r"(?<![\w.\-])(\d[\d,]*(?:\.\d+)*)( %)?", readme):
