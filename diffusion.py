@@ -59,7 +59,7 @@ from data import (
     to_uint8,
     write_json,
 )
-from fid import Judge, Made
+from fid import Judge, Made, frechet_distance
 from tokenizer import Attention, Mlp, Tokenizer, load_tokenizer, reconstruct, restore
 
 
@@ -657,13 +657,12 @@ def evaluate(cfg: Config, run: Run, model: SiT, tokenizer: Tokenizer, decode, im
         run.print("one class only: fd_classifier is not available; look at samples.png")
     else:
         judge = Judge(images, val, run)
-        remade = Made(len(val), lambda i: reconstruct(tokenizer, val[i], run))
         noise = Made(n, lambda i: to_uint8(decode(ImageNoise(i, cfg.seed, model.shape, run.device)())))
         with torch.no_grad():
-            samples = Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run))
-            rows = {"samples": judge(samples, y, remade),
-                    "decoded noise": judge(noise, y),
-                    "reconstructed validation images": judge(remade, val.labels),
+            samples, ours = judge.score(Made(n, lambda i: generate(model, decode, i, y[i], how, cfg.path, run)), y)
+            remade, theirs = judge.score(Made(len(val), lambda i: reconstruct(tokenizer, val[i], run)), val.labels)
+            samples["fd_to_reconstructions"] = frechet_distance(*ours, *theirs)      # without what the decoder spoils
+            rows = {"samples": samples, "decoded noise": judge(noise, y), "reconstructed validation images": remade,
                     "real validation images": judge.reference}
     if run.main:
         write_json(Path(cfg.out) / "metrics.json", {

@@ -723,16 +723,16 @@ class Judge:
         self.run, (self.net, state) = run, keep_classifier(train, run, 0, statistics)
         self.mean, self.cov, self.reference = state["mean"], state["cov"], state["reference"]
 
-    def __call__(self, images, labels: torch.Tensor | None = None, remade=None) -> dict:
-        """fd_classifier of uint8 images against the training images, and the share of their labels recognised.
-
-        With `remade`, reconstructed validation images, also the distance to these: it leaves out what the decoder spoils.
+    def score(self, images, labels: torch.Tensor | None = None) -> tuple[dict, tuple]:
+        """(fd_classifier of uint8 images against the training images and the share of their labels recognised; the mean
+        and covariance of their features, for distances to other images).
         """
         mean, cov, accuracy = score_images(self.net, images, labels, self.run)
         facts = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
-        if remade is not None:
-            facts["fd_to_reconstructions"] = frechet_distance(mean, cov, *score_images(self.net, remade, None, self.run)[:2])
-        return facts | ({"class_accuracy": accuracy} if labels is not None else {})
+        return facts | ({"class_accuracy": accuracy} if labels is not None else {}), (mean, cov)
+
+    def __call__(self, images, labels: torch.Tensor | None = None) -> dict:
+        return self.score(images, labels)[0]
 
 
 def npz_array(path: Path, name: str) -> np.ndarray:
