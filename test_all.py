@@ -2239,6 +2239,43 @@ def test_soak(cache, tmp_path, monkeypatch):
     tried("default chain, 10 rounds in one process under 8 GiB", [True] * 10)
 
 
+@pytest.mark.campaign
+def test_packed_data_is_ten_times_as_fast_as_jpeg(tmp_path):
+    """Batches of packed images against files decoded and cropped, a thread each, alternating; and packing with one and
+    with two workers. Medians go to $MAETOK_SPEED, a file, if that is set.
+    """
+    rng, root, rates = np.random.default_rng(0), tmp_path / "jpegs", {}
+    root.mkdir()
+    for i in range(400):                                 # of a photograph's size and roughness
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        noisy = np.asarray(coarse, np.float32) + rng.normal(0, 8, (375, 500, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{i}.jpg", quality=90)
+        for k in range(1, 10):                           # enough of them to outweigh the workers' start
+            data.shutil.copy(root / f"{i}.jpg", root / f"{i}-{k}.jpg")
+    files = sorted(root.iterdir())
+
+    def timed(name, count, work, *args):
+        start = time.perf_counter()
+        work(*args)
+        rates.setdefault(name, []).append(count / (time.perf_counter() - start))
+
+    for repeat in range(3):
+        for workers in (1, 2):
+            timed(f"packing, {workers} workers", 4000, data.pack, root, 256, tmp_path / f"{workers}-{repeat}", workers)
+    batches = data.Batches(data.load_images(str(tmp_path / "1-0"), 256, "train"), 64, 0, cpu_run())
+    for repeat in range(6):
+        timed("packed, batches of 64", 2560, lambda steps: [batches.gather(i) for i in steps], range(40 * repeat, 40 * repeat + 40))
+        timed("JPEG, decoded and cropped", 100, lambda paths: [data.read_image(path, 256) for path in paths],
+              files[100 * repeat:100 * repeat + 100])
+    rates = {name: float(np.median(found)) for name, found in rates.items()}
+    rates |= {"packed / JPEG": rates["packed, batches of 64"] / rates["JPEG, decoded and cropped"],
+              "packing, 2 / 1 workers": rates["packing, 2 workers"] / rates["packing, 1 workers"],
+              "bytes of a JPEG": float(np.mean([f.stat().st_size for f in files]))}
+    if "MAETOK_SPEED" in os.environ:
+        Path(os.environ["MAETOK_SPEED"]).write_text(json.dumps(rates, indent=1) + "\n")
+    assert rates["packed / JPEG"] > 10 and rates["packing, 2 / 1 workers"] > 1.4, rates
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed: what makes it, checked without a clock
 
