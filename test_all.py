@@ -772,7 +772,7 @@ def made_weights(tmp_path_factory):
 
 FULL = ["--size", "32", "--patch", "8", "--width", "24", "--heads", "2", "--depth", "1", "--aux-width", "16",
         "--aux-depth", "1", "--latents", "4", "--channels", "4", "--batch-size", "4", "--warmup", "2",
-        "--log-every", "1", "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1", "--rfid",
+        "--log-every", "1", "--targets", "pixel,hog,dinov2,siglip", "--dinov2", "vits14", "--lpips", "1",
         "--lpips-warmup", "4",
         "--adversary", "dino", "--adv-start", "3", "--precision", "fp32", "--optimizer", "adamw", "--lr", "1e-4"]
 LOSSES = {"recon", "lpips", "pixel", "hog", "dinov2", "siglip", "grad"}
@@ -795,7 +795,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
     args = [*FULL, "--weights", made_weights, "--stage2-steps", "3", "--save-every", "2", "--data",
             tmp_path / "pictures"]
-    script("tokenizer", *args, "--steps", "6", "--out", "whole", cwd=tmp_path)
+    script("tokenizer", *args, "--steps", "6", "--rfid", "--out", "whole", cwd=tmp_path)
     whole = log_of(tmp_path / "whole")
     for line in whole:
         named = {"stage", "step", "images", "lr"} | (LOSSES if line["stage"] == "stage 1" else {"recon", "lpips", "grad"})
@@ -2278,6 +2278,26 @@ def test_packed_data_is_ten_times_as_fast_as_jpeg(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed: what makes it, checked without a clock
+
+
+def test_muon_is_torchs():
+    """Matrices of a shape orthogonalised together give what torch does one by one, up to bf16; its state, too."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(48, 16), (16, 16), (16, 64), (48, 16), (16, 64)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [cls(params, 0.02, weight_decay=0.5) for cls, params in ((data.Muon, ours), (torch.optim.Muon, theirs))]
+    for step in range(4):
+        for one, two in zip(ours, theirs):
+            one.grad = None if step == 2 and len(one) == 48 else torch.randn_like(one)
+            two.grad = one.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, two in zip(ours, theirs):
+        assert (one - two).abs().max() < 0.02 * 0.02 and (one - two).abs().mean() < 0.005 * 0.02
+    one, two = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    for i in one:
+        torch.testing.assert_close(one[i], two[i], rtol=0, atol=1e-6)
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
 
 
 def test_dropped_patches_are_not_seen():
