@@ -914,8 +914,9 @@ MEASURES = {                                             # rows of the table: ke
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
     "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
 }
-PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "diffusion/log.jsonl",
-         "stage1/metrics.json", "guided/metrics.json")
+PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "stage1/metrics.json",
+         "guided/metrics.json")
+LOSSES = "diffusion/log.jsonl"
 
 
 def number(row: dict, key: str) -> float:
@@ -927,10 +928,9 @@ def collect(folder: Path) -> dict:
     """What the commands left in one run's folder, as one dict; `setup` must be the same in runs that are compared."""
     try:
         kind, _, seed = folder.name.rpartition("-")
-        tok, analysis, gen, _, stage1, guided = (json.loads((folder / part).read_text()) if part.endswith(".json") else {}
-                                                 for part in PARTS)
+        tok, analysis, gen, stage1, guided = (json.loads((folder / part).read_text()) for part in PARTS)
         (latents,) = analysis["rows"].values()
-        log = [json.loads(line) for line in (folder / "diffusion/log.jsonl").read_text().splitlines()]
+        log = [json.loads(line) for line in (folder / LOSSES).read_text().splitlines()]
         by_step = {int(path.parent.name[5:]): json.loads(path.read_text())["samples"]["fd_classifier"]
                    for path in folder.glob("step-*/metrics.json")} | {gen["steps"]: gen["rows"]["samples"]["fd_classifier"]}
         sampling = {k: v for k, v in gen["sampling"].items() if k != "seed"}
@@ -966,7 +966,7 @@ def table(cfg: Config) -> None:
         fail(f"{runs}: no such folder")
     folders, rows = sorted(path for path in runs.glob("*-*") if path.is_dir()), []
     for path in folders:
-        if missing := [part for part in PARTS if not (path / part).exists()]:
+        if missing := [part for part in (*PARTS, LOSSES) if not (path / part).exists()]:
             print(f"{path} is left out: it has no {missing[0]}")
         else:
             rows.append(collect(path))
