@@ -916,7 +916,7 @@ MEASURES = {                                             # rows of the table: ke
 }
 PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "stage1/metrics.json",
          "guided/metrics.json")
-LOSSES = "diffusion/log.jsonl"
+LOSSES = "diffusion/log.jsonl"                           # whose last line holds the loss at the end
 
 
 def number(row: dict, key: str) -> float:
