@@ -1,4 +1,4 @@
-"""All tests: `python -m pytest -q test_all.py`. CPU only; the scripts run end to end at a tiny size in subprocesses.
+"""All tests: `python -m pytest -q -n 2 test_all.py`. CPU only; the scripts run end to end at a tiny size in subprocesses.
 
 Reference values are read from ../shared/goldens where that folder is (the full set), else from assets/goldens.
 """
@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch: the tests are for the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # before torch: the tests are for the CPU,
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # and threads of several processes hinder each other
 import torch
 import torch.nn.attention
 import torch.utils.flop_counter
@@ -918,8 +919,9 @@ def test_augmentation_draws_are_those_of_the_definition():
                                   ["--adversary", "patchgan", "--adv-norm", "groups", "--size", "32", "--patch", "8"],
                                   ["--preset", "mae_teacher", "--drop-masked"]],
                          ids=" ".join)
-def test_the_baselines_train(cache, tmp_path, args):
-    """Two steps of each stage in this process; the counted FLOPs are those of the formula."""
+def test_the_baselines_train(cache, tmp_path, monkeypatch, args):
+    """Two steps of each stage in this process, and what they save loads again. A teacher of 20 steps will do."""
+    monkeypatch.setattr(tokenizer, "keep_classifier", lambda images, run, seed: (fid.train_classifier(images, run, seed, 20), {}))
     cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [
         *TINY, "--steps", "2", "--stage2-steps", "2", *args, "--out", str(tmp_path / "out")])
     run = data.start(cfg)
@@ -936,6 +938,24 @@ def test_the_baselines_train(cache, tmp_path, args):
     assert stage2.decode(z).shape == x.shape
     loaded, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", torch.device("cpu"))
     assert torch.equal(loaded.encode(x), z)
+
+
+def test_a_last_layer_makes_what_is_read_and_nothing_else(monkeypatch):
+    """The outputs are those of a last layer that makes all tokens, of which some are then taken."""
+    whole = tokenizer.Block.forward
+    for more in ({}, {"latents": 0}, {"decoder": "modulated", "dec_class_token": True},
+                 {"latents": 0, "decoder": "modulated", "dec_class_token": True}):
+        cfg = tokenizer.Config(size=16, patch=4, width=48, **more)
+        model, x = tokenizer.Tokenizer(cfg, {"hog": 108}), torch.rand(2, 3, 16, 16)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.2)            # the modulation starts at zero
+        ours = model(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer.Block, "forward", lambda self, x, rope=None, z=None, rows=slice(None):
+                          whole(self, x, rope, z)[:, rows])
+            theirs = model(x)
+        for name in ("recon", "hog"):
+            close(ours[name], theirs[name], 1e-5)
 
 
 def test_flops_are_those_that_a_counter_counts():
@@ -1731,7 +1751,7 @@ FAULTS = {}                                              # what this session tri
 
 
 def tried(fault: str, outcomes: list[bool]) -> None:
-    """Count faults that were survived (nothing lost, or refused in one clear line); kept in $MAETOK_FAULTS, a file."""
+    """Count faults that were survived (nothing lost, or refused in one clear line); kept in $MAETOK_FAULTS, a file of one process."""
     count = FAULTS.setdefault(fault, {"tried": 0, "survived": 0, "lost": 0})
     for survived in outcomes:
         count["tried"] += 1
@@ -2508,7 +2528,7 @@ def test_every_command_of_the_readme_runs(cache, made_weights, tmp_path):
     blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     used = set()
     for i, block in enumerate(blocks):
-        block = re.sub(r"python3 -m venv .*?requirements.txt( pytest==[\d.]+)? && ", "", block)
+        block = re.sub(r"python3 -m venv .*?requirements.txt( pytest\S+)* && ", "", block)
         for old, new in stand_ins.items():
             used |= {old} if old in block else set()
             block = block.replace(old, str(new))
