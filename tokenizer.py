@@ -140,7 +140,7 @@ class Config(Common):
     dims: int = setting(0, "dimensions of that analysis; 0: the least that hold 90 % of the variance of each")
     from_official: str = setting("", "convert this released checkpoint (its folder or file) to --out and stop")
     steps: int = setting(2150, "steps of stage 1")
-    stage2_steps: int = setting(1100, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
+    stage2_steps: int = setting(1000, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
     batch_size: int = setting(64, "images per step, over all processes", least=1)
     micro_batch: int = setting(0, "most images a process puts through at once; 0: all of its share. Batch norm, LeCam "
                                "means and adaptive weight of an adversary are then those of each piece")
