@@ -130,7 +130,7 @@ def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys)
     read = data.read_weights(tmp_path / "official/model.safetensors")
     between = time.time()
     model, cfg = tokenizer.from_official(read)
-    assert between - start < 5 and time.time() - between < 5
+    assert between - start < 15 and time.time() - between < 15
     assert all(torch.equal(read[k], weights[k]) for k in weights)
     assert (cfg.size, cfg.latents, cfg.channels) == (512 if "512" in name else 256, 128, 32)
     monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", str(tmp_path / "official"), "--out",
@@ -921,7 +921,8 @@ def test_augmentation_draws_are_those_of_the_definition():
                          ids=" ".join)
 def test_the_baselines_train(cache, tmp_path, monkeypatch, args):
     """Two steps of each stage in this process, and what they save loads again. A teacher of 20 steps will do."""
-    monkeypatch.setattr(tokenizer, "keep_classifier", lambda images, run, seed: (fid.train_classifier(images, run, seed, 20), {}))
+    monkeypatch.setattr(tokenizer, "keep_classifier",
+                        lambda images, run, seed: (fid.train_classifier(images, run, seed, 20), {}))
     cfg = data.parse_config(tokenizer.Config, tokenizer.PRESETS, "", [
         *TINY, "--steps", "2", "--stage2-steps", "2", *args, "--out", str(tmp_path / "out")])
     run = data.start(cfg)
@@ -941,25 +942,28 @@ def test_the_baselines_train(cache, tmp_path, monkeypatch, args):
 
 
 def test_a_last_layer_makes_what_is_read_and_nothing_else(monkeypatch):
-    """Outputs and gradients are those of a last layer that makes all tokens, of which some are then taken."""
-    whole = tokenizer.Block.forward
+    """Outputs and gradients are those of a last layer that makes all tokens, of which some are then taken (as a
+    modulated one does anyway); and every parameter has a gradient, without which DDP would wait for ever.
+    """
+    whole, mask = tokenizer.Block.forward, torch.arange(32).view(2, 16) % 16 < 7
 
-    def outputs_and_gradients(model, x):
-        out = model(x)
+    def outputs_and_gradients(model, x, drop):
+        out = model(x, mask, drop)
         loss = out["recon"].square().mean() + out["hog"].square().mean()
-        return [out["recon"], out["hog"], *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+        return [out["recon"], out["hog"], *torch.autograd.grad(loss, list(model.parameters()))]
 
-    for more in ({}, {"latents": 0}, {"decoder": "modulated", "dec_class_token": True},
-                 {"latents": 0, "decoder": "modulated", "dec_class_token": True}):
+    for drop, more in ((0, {}), (0, {"latents": 0}), (0, {"positions": "table", "depth": 1, "aux_depth": 1}),
+                       (0, {"decoder": "modulated", "dec_class_token": True}), (7, {}),
+                       (0, {"latents": 0, "decoder": "modulated", "dec_class_token": True})):
         cfg = tokenizer.Config(size=16, patch=4, width=48, **more)
         model, x = tokenizer.Tokenizer(cfg, {"hog": 108}), torch.rand(2, 3, 16, 16)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)            # the modulation starts at zero
-        ours = outputs_and_gradients(model, x)
+        ours = outputs_and_gradients(model, x, drop)
         with monkeypatch.context() as patch:
-            patch.setattr(tokenizer.Block, "forward", lambda self, x, rope=None, z=None, rows=slice(None):
-                          whole(self, x, rope, z)[:, rows])
-            theirs = outputs_and_gradients(model, x)
+            patch.setattr(tokenizer.Block, "forward", lambda self, x, rope=None, z=None, wanted=slice(None):
+                          whole(self, x, rope, z)[:, wanted])
+            theirs = outputs_and_gradients(model, x, drop)
         for a, b in zip(ours, theirs):
             close(a, b, 1e-4)
 
@@ -1461,8 +1465,12 @@ def signals():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """One cache of rendered images and classifiers for all tests: the user's own if it is set, else a temporary one."""
-    path = os.environ.setdefault("MAETOK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """One cache of rendered images and classifiers for all tests: the user's own if it is set, else a temporary one,
+    which the processes of -n share.
+    """
+    at = tmp_path_factory.getbasetemp()
+    at = at.parent if "PYTEST_XDIST_WORKER" in os.environ else at
+    path = os.environ.setdefault("MAETOK_CACHE", str(at / "cache"))
     return Path(path)
 
 
@@ -1757,12 +1765,14 @@ FAULTS = {}                                              # what this session tri
 
 
 def tried(fault: str, outcomes: list[bool]) -> None:
-    """Count faults that were survived (nothing lost, or refused in one clear line); kept in $MAETOK_FAULTS, a file of one process."""
+    """Count faults that were survived (nothing lost, or refused in one clear line); kept in $MAETOK_FAULTS, a file, unless
+    two processes share the tests (-n).
+    """
     count = FAULTS.setdefault(fault, {"tried": 0, "survived": 0, "lost": 0})
     for survived in outcomes:
         count["tried"] += 1
         count["survived" if survived else "lost"] += 1
-    if "MAETOK_FAULTS" in os.environ:
+    if "MAETOK_FAULTS" in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
         Path(os.environ["MAETOK_FAULTS"]).write_text(json.dumps(FAULTS, indent=1) + "\n")
     assert all(outcomes), f"{fault}: {FAULTS[fault]}"
 
@@ -1819,7 +1829,7 @@ def test_several_processes_end_together(chain, tmp_path, number):
     if number == signal.SIGKILL:
         assert "lost another one" in said
     else:
-        assert time.time() - began < 20 and said.count("stopped by SIGTERM; all is saved") == 1
+        assert time.time() - began < 45 and said.count("stopped by SIGTERM; all is saved") == 1
         state = torch.load(tmp_path / "d/ckpt.pt", weights_only=True)
         assert state["step"] == json.loads(log.read_text().splitlines()[-1])["step"]
     tried(f"{number.name} to {'a worker' if number == signal.SIGKILL else 'torchrun'}: all end, nothing hangs", [True])

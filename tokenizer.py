@@ -280,7 +280,7 @@ def rope_tables(freqs: torch.Tensor, heads: int, grid: tuple[int, int], before: 
 class Attention(nn.Module):
     """Multi-head self-attention; rows of qkv are q, k, v, each split head by head; q and k are normed by `qk_norm`.
 
-    Of the outputs only those of the tokens `rows` are made.
+    `wanted`, a slice, says of which tokens the outputs are computed; all of them serve as keys and values.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: Callable = nn.Identity):
@@ -288,12 +288,12 @@ class Attention(nn.Module):
         self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm = qk_norm(width // heads), qk_norm(width // heads)
 
-    def forward(self, x, rope=None, rows=slice(None)):
+    def forward(self, x, rope=None, wanted=slice(None)):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # B x heads x T x d
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return self.proj(attend(q[:, :, rows], k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q[:, :, wanted], k, v).transpose(1, 2).flatten(2))
 
 
 def attend(q, k, v):
@@ -318,8 +318,8 @@ class Block(nn.Module):
     """A pre-norm transformer layer. With `channels`, the latents z scale and shift their own rows.
 
     That is the decoder of the released model: norms without weights; y*scale + shift (not 1 + scale) on the last L
-    rows, from a layer that starts at zero, so that at first the decoder sees nothing of z. `rows` are the tokens to be
-    returned.
+    rows, from a layer that starts at zero, so that at first the decoder sees nothing of z.
+    `wanted` are the tokens to be returned.
     """
 
     def __init__(self, width: int, heads: int, channels: int = 0):
@@ -331,13 +331,13 @@ class Block(nn.Module):
         if channels:
             self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 4 * width))
 
-    def forward(self, x, rope=None, z=None, rows=slice(None)):
+    def forward(self, x, rope=None, z=None, wanted=slice(None)):
         if z is None:
-            x = x[:, rows] + self.attn(self.norm1(x), rope, rows)
+            x = x[:, wanted] + self.attn(self.norm1(x), rope, wanted)
             return x + self.mlp(self.norm2(x))
         shift1, scale1, shift2, scale2 = self.modulation(z).chunk(4, -1)
         x = x + self.attn(modulate_tail(self.norm1(x), scale1, shift1), rope)
-        return (x + self.mlp(modulate_tail(self.norm2(x), scale2, shift2)))[:, rows]
+        return (x + self.mlp(modulate_tail(self.norm2(x), scale2, shift2)))[:, wanted]
 
 
 def modulate_tail(x, scale, shift):
@@ -382,8 +382,8 @@ class Encoder(nn.Module):
             seen = hidden.argsort(dim=1, stable=True)[:, :x.shape[1] - drop]              # B x T: which are left
             x = x.gather(1, seen[..., None].expand(-1, -1, x.shape[2]))
         g = math.isqrt(n)
-        rows = slice(-(self.latents or n), None)
-        return self.norm(run_blocks(self, x, (g, g), 1, self.latents, rows, seen=seen))   # B x L x D
+        wanted = slice(-(self.latents or n), None)
+        return self.norm(run_blocks(self, x, (g, g), 1, self.latents, wanted, seen=seen))     # B x L x D
 
 
 class Decoder(nn.Module):
@@ -416,8 +416,8 @@ class Decoder(nn.Module):
         before = x.shape[1] - n
         if self.latents:
             x = torch.cat([x, self.from_latent(h) + self.latent_pos_embed], 1)        # B x (N+L) x D
-        rows, z = slice(before, before + n), h if self.modulated else None
-        return self.norm(run_blocks(self, x, (self.grid, self.grid), before, self.latents, rows, z))
+        wanted, z = slice(before, before + n), h if self.modulated else None
+        return self.norm(run_blocks(self, x, (self.grid, self.grid), before, self.latents, wanted, z))
 
     def forward(self, h):
         return self.head(self.features(h))                                            # B x N x out
@@ -435,23 +435,23 @@ class LinearDecoder(nn.Module):
         return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))
 
 
-def run_blocks(net, x, grid, before, after, rows, z=None, seen=None):
+def run_blocks(net, x, grid, before, after, wanted, z=None, seen=None):
     """All layers of an encoder or decoder over [class | image | latents] with its RoPE tables, or over its rows `seen`.
 
-    Returns `rows`. The last layer makes no others, as nobody reads them: at the default sizes a sixth of the encoder's
-    work, and 6 % of the time of a step of stage 1. (A modulated one makes all.)
+    Returns the tokens `wanted`. The last layer computes no others, as nobody reads them, which saves a sixth of the
+    work of the default's encoder; a modulated one, whose z belongs to the last of all tokens, does.
     """
     ropes = [None] * len(net.blocks)
     if hasattr(net, "rope_freqs"):
         ropes = zip(*(table.unbind() for table in rope_tables(net.rope_freqs, net.heads, grid, before, after)))
-    for i, (block, rope) in enumerate(zip(net.blocks, ropes), 1):
+    for block, rope in zip(net.blocks, ropes):
         if seen is not None and rope:
             rope = [table[:, seen].transpose(0, 1) for table in rope]                 # B x heads x T x d/2
-        out = rows if i == len(net.blocks) else slice(None)
+        kept = wanted if block is net.blocks[-1] else slice(None)
         if net.recompute and torch.is_grad_enabled():
-            x = checkpoint(block, x, rope, z, out, use_reentrant=False)
+            x = checkpoint(block, x, rope, z, kept, use_reentrant=False)
         else:
-            x = block(x, rope, z, out)
+            x = block(x, rope, z, kept)
     return x
 
 
@@ -511,8 +511,10 @@ def forward_flops(cfg: Config, widths: dict[str, int] | None = None, drop: int =
     """
     (n, count), modulated = cfg.tokens(), cfg.decoder == "modulated"
 
-    def layers(tokens, rows, width, depth):              # the last layer makes `rows` of the tokens
-        return depth * (24 * tokens * width**2 + 4 * tokens**2 * width) - (tokens - rows) * (18 * width**2 + 4 * tokens * width)
+    def layers(tokens, wanted, width, depth):
+        """qkv 6, projection 2, MLP 16, and attention's products; of tokens not wanted the last layer has qkv only."""
+        full = 24 * tokens * width**2 + 4 * tokens**2 * width
+        return depth * full - (tokens - wanted) * (18 * width**2 + 4 * tokens * width)
 
     def decoder(width, depth, out, class_token):
         if not depth:
