@@ -130,7 +130,7 @@ def test_a_released_checkpoint_at_full_size(name, tmp_path, monkeypatch, capsys)
     read = data.read_weights(tmp_path / "official/model.safetensors")
     between = time.time()
     model, cfg = tokenizer.from_official(read)
-    assert between - start < 15 and time.time() - between < 15
+    assert between - start < 5 and time.time() - between < 5
     assert all(torch.equal(read[k], weights[k]) for k in weights)
     assert (cfg.size, cfg.latents, cfg.channels) == (512 if "512" in name else 256, 128, 32)
     monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--from-official", str(tmp_path / "official"), "--out",
@@ -1829,7 +1829,7 @@ def test_several_processes_end_together(chain, tmp_path, number):
     if number == signal.SIGKILL:
         assert "lost another one" in said
     else:
-        assert time.time() - began < 45 and said.count("stopped by SIGTERM; all is saved") == 1
+        assert time.time() - began < 20 and said.count("stopped by SIGTERM; all is saved") == 1
         state = torch.load(tmp_path / "d/ckpt.pt", weights_only=True)
         assert state["step"] == json.loads(log.read_text().splitlines()[-1])["step"]
     tried(f"{number.name} to {'a worker' if number == signal.SIGKILL else 'torchrun'}: all end, nothing hangs", [True])
@@ -2544,7 +2544,7 @@ def test_every_command_of_the_readme_runs(cache, made_weights, tmp_path):
     blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
     used = set()
     for i, block in enumerate(blocks):
-        block = re.sub(r"python3 -m venv .*?requirements.txt( pytest\S+)* && ", "", block)
+        block = re.sub(r"python3 -m venv .*?requirements.txt( pytest(-xdist)?==[\d.]+)* && ", "", block)
         for old, new in stand_ins.items():
             used |= {old} if old in block else set()
             block = block.replace(old, str(new))

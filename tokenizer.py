@@ -318,8 +318,8 @@ class Block(nn.Module):
     """A pre-norm transformer layer. With `channels`, the latents z scale and shift their own rows.
 
     That is the decoder of the released model: norms without weights; y*scale + shift (not 1 + scale) on the last L
-    rows, from a layer that starts at zero, so that at first the decoder sees nothing of z.
-    `wanted` are the tokens to be returned.
+    rows, from a layer that starts at zero, so that at first the decoder sees nothing of z. `wanted`: the tokens to
+    return.
     """
 
     def __init__(self, width: int, heads: int, channels: int = 0):
