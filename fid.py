@@ -1,520 +1,551 @@
-"""Frechet distances between sets of images, and what else a set of samples is scored by.
+"""Networks we do not train, and what we measure with them.
 
-    torchrun fid.py                                      # out/samples/samples.npz against its data -> metrics.json
-    torchrun fid.py A B                                  # FID, sFID, IS, precision, recall of samples A against B
-    torchrun fid.py stats B --out ref.npz                # the statistics of B, to be used in its place
-    python fid.py table RUNS --out DIR                   # many runs compared (README, "The finding"): table and pictures
+    torchrun fid.py  # out/samples/samples.npz against its data -> metrics.json
+    torchrun fid.py A B  # FID, sFID, IS, precision, recall of A against B
+    torchrun fid.py stats B --out ref.npz  # statistics of B, to give in place of B
+    python fid.py latents CKPT [CKPT ...] --out DIR  # linear probe, Gaussian mixtures
 
-A set is an npz with arr_0 (uint8 n x S x S x 3), a folder of images of one size, a data set by name, what data.py
-packed, or as B statistics (mu, sigma, mu_s, sigma_s), like the reference files of ADM.
-
-A Frechet distance is named after its features. `fid` uses the Inception weights of 2015 and follows ADM's evaluator;
-`fd_dinov2` the class token of DINOv2 ViT-L/14; `fd_classifier` a small network trained here on the labels of the data
-set itself, and says nothing about numbers published as FID.
+A and B: an npz with arr_0 (uint8 n x S x S x 3), a folder of images of one size, or a data set. B may be statistics
+(mu, sigma, mu_s, sigma_s). `fid` is as ADM's; `fd_classifier` uses a network trained on the labels of the data set.
 """
+import argparse
 import functools
 import itertools
 import json
 import math
 import os
-import struct
+import re
 import sys
 import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    LOAD_ERRORS,
-    NAMED,
-    PRECISIONS,
-    READ_ERRORS,
-    Batches,
-    Images,
-    Run,
+    Dist,
+    ImageSet,
+    Loader,
     cache_dir,
-    commit,
-    double,
-    fail,
+    die,
+    download,
     find_images,
-    fold_layer_scale,
-    in_a_line,
     launch,
-    learning_rate,
     load_checkpoint,
-    load_images,
-    load_strictly,
-    locked,
-    parse_config,
-    pretrained,
+    option,
     read_image,
-    read_json,
-    save_checkpoint,
-    save_curves,
-    save_grid,
-    setting,
-    start,
+    reading,
     to_float,
-    write_atomically,
-    write_json,
+    writing,
 )
 
+# ---------------- 1. Pretrained weights
 
-@dataclass
-class Config:
-    samples: str = setting("out/samples/samples.npz", "the samples A")
-    data: str = setting("", "the set B to compare with; empty: the data set named in the samples file")
-    stats: str = setting("", "write the statistics of this set to --out and stop")
-    table: str = setting("", "compare the runs KIND-SEED in this folder, write table and pictures to --out and stop")
-    out: str = setting("", "JSON file to write, with --stats npz, with --table folder; empty: metrics.json beside the samples, or the runs")
-    features: str = setting("", "any of classifier, fid, dinov2; empty: fid for `fid.py A B`, else classifier")
-    resize: str = setting("tf1", "to 299 pixels for fid: tf1 as ADM, or as pytorch-fid", ("tf1", "pytorch-fid"))
-    size: int = setting(0, "side of a data set given by name; 0: that of the samples")
-    weights: str = setting("", "folder of feature networks; what is missing is downloaded into it; empty: the cache")
-    batch_size: int = setting(100, "images a process scores at a time", least=1)
-    precision: str = setting("fp32", "arithmetic of the networks; bf16 is faster and moves a FID slightly", PRECISIONS)
-
-    def check(self):
-        unknown = set(self.features.split(",")) - {"", "classifier", "fid", "dinov2"}
-        if unknown:
-            raise ValueError(f"--features {self.features}: classifier, fid, dinov2")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
+META = "https://dl.fbaipublicfiles.com"
+LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+SIGLIP = "https://huggingface.co/google/siglip-large-patch16-256/resolve/main/model.safetensors"
+FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+INCEPTION = "pt_inception-2015-12-05-6726825d"
+WEIGHTS = {  # name: address, start of the published sha256
+    "vgg16-397923af": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "lpips_vgg": (LPIPS, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    INCEPTION: (f"{FID}/{INCEPTION}.pth", "6726825d"),
+    "dino_deitsmall16_pretrain": (f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
+    "siglip-large-patch16-256": (SIGLIP, "")}
+for net in ("vits14", "vits14_reg4", "vitb14", "vitb14_reg4", "vitl14", "vitl14_reg4"):
+    WEIGHTS[f"dinov2_{net}_pretrain"] = f"{META}/dinov2/dinov2_{net[:6]}/dinov2_{net}_pretrain.pth", ""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+Weights = dict[str, Tensor]
 
 
-class Moments:
-    """Sums of features and of their outer products in float64, over any number of batches and processes.
-
-    Features are rounded to multiples of 2^-15 (3e-5): then every sum up to 8e6 is exact, and no bit of the result
-    depends on the order or the size of the batches.
-    """
-
-    def __init__(self, width: int, device: torch.device):
-        zeros = functools.partial(torch.zeros, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        self.n, self.first, self.second = zeros(1), zeros(width), zeros(width, width)
-
-    def add(self, features: torch.Tensor) -> None:
-        features = (double(features) * 2**15).round() / 2**15
-        self.n += len(features)
-        self.first += features.sum(0)
-        self.second += features.T @ features
-
-    def finish(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and covariance (divided by n - 1) over all processes, on the CPU."""
-        n, first, second = (run.sum(x).cpu() for x in (self.n, self.first, self.second))
-        mean = first / n
-        return mean, (second - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+def pretrained(name: str, folder: str, hint: str) -> Weights:
+    """Weights of the table: NAME.pth or .safetensors in the folder ("": the cache), else downloaded into it."""
+    root = Path(folder or cache_dir()).absolute()
+    for path in (root / f"{name}.pth", root / f"{name}.safetensors"):
+        if path.exists():
+            return read_weights(path)
+    url, sha256 = WEIGHTS[name]
+    path = root / f"{name}{Path(url).suffix}"
+    return read_weights(download(url, path, sha256, f" (--weights), or do without: {hint}"))
 
 
-def frechet_distance(mean1, cov1, mean2, cov2) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
-
-    The trace of the root is the sum of the root eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2): always real, and
-    finite for covariances without full rank, which scipy's sqrtm of the product is not.
-    """
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    distance = ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
-    if not math.isfinite(distance):
-        fail("a Frechet distance is not finite: the features or the statistics hold NaN or infinity")
-    return max(0.0, distance)
+def read_weights(path: str | Path) -> Weights:
+    """Tensors by name, on the CPU, of a .safetensors or a torch file. Runs no code from the file."""
+    with reading(path, "a file of weights"):
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # settings beside the weights
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("ema", "model", "state_dict"):  # wrappings of training checkpoints, best first
+            state = state[name] if isinstance(state.get(name), dict) else state
+        return dict(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them
+def read_safetensors(path: str | Path) -> Weights:
+    """Memory-mapped tensors: 8 bytes of header length, a JSON header, tensors without gaps."""
+    raw = np.memmap(path, np.uint8, "c")  # copy on write: nothing reaches the file
+    begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    pairs = json.loads(raw[8:begin].tobytes(), object_pairs_hook=list)
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+    body, tensors = torch.from_numpy(raw)[begin:], {}
+    end = 0  # of the tensor before
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
+        sane = len(shape) <= 8 and all(type(n) is int and 0 <= n <= len(raw) for n in shape)
+        if not sane or start != end or stop != start + math.prod(shape) * dtype.itemsize or stop > len(body):
+            raise ValueError(f"{name}: {entry['dtype']} {shape} at bytes {start} to {stop}")
+        part = body[start:stop]
+        if (begin + start) % dtype.itemsize:  # torch needs aligned addresses
+            part = part.clone()
+        tensors[name] = part.view(dtype).reshape(shape)
+        end = stop
+    return tensors
 
 
-def tf_resize(x: torch.Tensor, size: int = 299) -> torch.Tensor:
-    """Bilinear resize of B x 3 x H x W to size x size as TensorFlow 1 does it, in float32: no half-pixel shift, no
-    smoothing when shrinking, first along rows of pixels, then along columns.
-    """
-    for axis in (3, 2):
-        n = x.shape[axis]
-        at = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32, device=x.device)
-        low = at.floor().long()
-        weight = (at - low).view(-1, *[1] * (3 - axis))
-        a, b = x.index_select(axis, low).float(), x.index_select(axis, (low + 1).clamp(max=n - 1)).float()
-        x = a + (b - a) * weight
-    return x
+def fold_layer_scale(weights: Weights, attention: str, mlp: str) -> Weights:
+    """Multiply LayerScale (`blocks.i.ls1.gamma`, `ls2.gamma`) into the matrices of these names, in place."""
+    scaled = {key.rsplit(".", 3)[0] for key in weights if re.search(r"\.\d+\.ls[12]\.gamma$", key)}
+    for scale, matrix in (("ls1", attention), ("ls2", mlp)):
+        for key in [key for key in weights if key.endswith(f".{matrix}.weight")]:
+            layer = key.removesuffix(f".{matrix}.weight")
+            if layer.rpartition(".")[0] in scaled:  # one layer has scales, so all must
+                gamma = weights.pop(f"{layer}.{scale}.gamma")
+                weights[key] = weights[key] * gamma[:, None]
+                weights[f"{layer}.{matrix}.bias"] = weights[f"{layer}.{matrix}.bias"] * gamma
+    return weights
 
 
-STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "pool", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "pool")
-STRIDED = ("Conv2d_1a_3x3", "Mixed_6a.branch3x3", "Mixed_6a.branch3x3dbl_3", "Mixed_7a.branch3x3_2",
-           "Mixed_7a.branch7x7x3_4")
-UNPADDED = (*STRIDED, "Conv2d_2a_3x3", "Conv2d_4a_3x3")
-BRANCHES = {                                             # by letter of a block: chains of convolutions, concatenated
-    "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
-    "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
-    "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
-    "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
-    "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b")}
-BLOCKS = dict(zip(["5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"], "AAABCCCCDEE", strict=True))
+# ---------------- 2. Frozen networks: vision transformers, LPIPS, Inception
+
+KEY_MAP = {  # names in the public files -> in torch's own layer
+    "vision_model.": "", "encoder.": "", "embeddings.position_embedding.weight": "pos_embed", "blocks.": "layers.",
+    "embeddings.patch_embedding": "patch_embed", "patch_embed.proj": "patch_embed", "attn.qkv.": "self_attn.in_proj_",
+    "attn.proj": "self_attn.out_proj", "post_layernorm": "norm", "layer_norm": "norm", "mlp.fc": "linear"}
+UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
 
 
-class Inception(nn.Module):
-    """The Inception network of 2015: uint8 B x 3 x H x W -> pool B x 2048, spatial B x 2023, logits B x 1008.
-
-    Against torchvision's inception_v3: average pools count real pixels only, the last block pools by maximum, 1008
-    classes. Logits are without the bias (as the Inception Score wants them); `spatial` are the first 7 channels of
-    Mixed_6d.branch1x1, flattened H, W, C. Batch norms (eps 1e-3) are folded into the convolutions.
-    """
-
-    def __init__(self, weights: dict[str, torch.Tensor], resize: str = "tf1"):
-        super().__init__()
-        self.resize, self.convs = resize, nn.ModuleDict()
-        try:
-            for key in [k for k in weights if k.endswith(".conv.weight")]:
-                name, w = key[:-len(".conv.weight")], weights[key].float()
-                gamma, beta, mean, variance = (weights[f"{name}.bn.{part}"].float() for part in (
-                    "weight", "bias", "running_mean", "running_var"))
-                scale = gamma * (variance + 1e-3).rsqrt()
-                padding = (0, 0) if name in UNPADDED else (w.shape[2] // 2, w.shape[3] // 2)
-                conv = nn.Conv2d(w.shape[1], w.shape[0], w.shape[2:], 1 + (name in STRIDED), padding)
-                conv.load_state_dict({"weight": w * scale[:, None, None, None], "bias": beta - mean * scale})
-                self.convs[name.replace(".", "/")] = conv
-            self.register_buffer("fc", weights["fc.weight"].float())
-        except (KeyError, RuntimeError) as error:
-            fail(f"not the weights of FID's Inception: {' '.join(str(error).split())[:200]}")
-        if len(self.convs) != 94:
-            fail(f"not the weights of FID's Inception: {len(self.convs)} convolutions, not 94")
-
-    def run(self, x, names: str):
-        """A chain of convolutions; a|b are two side by side."""
-        for name in names.split():
-            if "|" in name:
-                block = name.rpartition("/")[0]
-                first, second = name.split("|")
-                return torch.cat([self.run(x, first), self.run(x, f"{block}/branch{second}")], 1)
-            x = F.relu(self.convs[name](x), inplace=True)
-        return x
-
-    def forward(self, images):
-        if self.resize == "tf1":
-            x = (tf_resize(images) - 128) / 128
-        else:
-            x = 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
-        x = x.contiguous(memory_format=torch.channels_last)
-        for name in STEM:
-            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.run(x, name)
-        for block, letter in BLOCKS.items():
-            at = f"Mixed_{block}/branch"
-            parts = [self.run(x, " ".join(at + name for name in chain.split())) for chain in BRANCHES[letter]]
-            if letter in "BD":
-                parts.append(F.max_pool2d(x, 3, 2))
-            else:
-                pooled = (F.max_pool2d(x, 3, 1, 1) if block == "7c" else
-                          F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-                parts.append(self.run(pooled, at + "_pool"))
-            if block == "6d":
-                spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
-            x = torch.cat(parts, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            pool = x.float().mean((2, 3))
-            return pool, spatial, pool @ self.fc.T
-
-
-def load_inception(cfg, run: Run) -> Inception:
-    weights = pretrained("pt_inception-2015-12-05-6726825d", cfg.weights, "--features classifier or --no-rfid")
-    return freeze(Inception(weights, getattr(cfg, "resize", "tf1")), run).to(memory_format=torch.channels_last)
-
-
-class InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) over blocks of 5,000 images in file order, averaged over the blocks; streaming."""
-
-    def __init__(self, n: int, device: torch.device, block: int = 5000, classes: int = 1008):
-        self.block, count = block, -(-n // block)
-        device = "cpu" if device.type == "mps" else device
-        self.sums = torch.zeros(count, classes + 2, dtype=torch.float64, device=device)   # p, sum p log p, images
-
-    def add(self, index: torch.Tensor, logits: torch.Tensor) -> None:
-        log_p = double(logits).log_softmax(1)
-        p = log_p.exp()
-        row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
-        self.sums.index_add_(0, index.to(p.device) // self.block, row)
-
-    def finish(self, run: Run) -> float:
-        p, negative_entropy, count = run.sum(self.sums).cpu().split([self.sums.shape[1] - 2, 1, 1], 1)
-        mean = p / count
-        return (negative_entropy[:, 0] / count[:, 0] - torch.special.xlogy(mean, mean).sum(1)).exp().mean().item()
-
-
-def squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
-
-
-def radii(x: torch.Tensor, k: int = 3, tile: int = 2000) -> torch.Tensor:
-    """Squared distance of each point to its k-th nearest other point; duplicates count as points."""
-    if len(x) <= k:
-        fail(f"precision and recall need more than {k} images in each set, not {len(x)}")
-    return torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(tile)])
-
-
-def precision_recall(reference: torch.Tensor, samples: torch.Tensor, k: int = 3, tile: int = 2000) -> tuple:
-    """Share of samples within the radius of some reference point, and of references within that of some sample
-    (Kynkaanniemi 2019), all points of both sets; float32 in tiles. (ADM computes in float16: within 0.002.)
-    """
-    def covered(points, centres):
-        limits, hits = radii(centres, k, tile), 0
-        for part in points.split(tile):
-            inside = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-            for c, r in zip(centres.split(tile), limits.split(tile)):
-                inside |= (squared_distances(part, c) <= r).any(1)
-            hits += inside.sum().item()
-        return hits / len(points)
-
-    return covered(samples, reference), covered(reference, samples)
-
-
-@torch.no_grad()
-def inception_statistics(net: Inception, images, run: Run, batch: int = 100, keep: int = 0) -> dict:
-    """mu, sigma, mu_s, sigma_s and the Inception Score of uint8 images; pool features of at most `keep` of them."""
-    n, pool, spatial = len(images), Moments(2048, run.device), Moments(2023, run.device)
-    chosen = evenly(n, keep)
-    score, kept = InceptionScore(n, run.device), torch.zeros(len(chosen), 2048, device=run.device)
-    for index, x in in_batches(images, run, batch):
-        with run.autocast():
-            p, s, logits = net(x)
-        pool.add(p)
-        spatial.add(s)
-        score.add(index, logits)
-        wanted = torch.isin(index, chosen)
-        kept[torch.searchsorted(chosen, index[wanted]).to(run.device)] = p[wanted.to(run.device)]
-    (mu, sigma), (mu_s, sigma_s) = pool.finish(run), spatial.finish(run)
-    found = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "inception_score": score.finish(run), "n": n}
-    return found | ({"features": run.sum(kept)} if keep else {})
-
-
-def evenly(n: int, most: int) -> torch.Tensor:
-    """Numbers of at most `most` of n images, evenly spaced."""
-    return torch.from_numpy(np.linspace(0, n - 1, min(n, most)).astype(int))
-
-
-def in_batches(images, run: Run, batch: int):
-    """This process's share as (indices, uint8 B x 3 x H x W on the device); files are read while a batch is in use."""
-    parts = [torch.arange(i, min(i + batch, len(images))) for i in range(batch * run.rank, len(images),
-                                                                         batch * run.world)]
-    bar = tqdm(total=len(images), desc="features", unit=" images", leave=False, disable=None if run.main else True)
-    with ThreadPoolExecutor(1) as pool, bar:
-        if isinstance(images, Made):                     # networks at work: not in another thread
-            found = (images[index.numpy()] for index in parts)
-        else:
-            found = ahead(pool, lambda index: images[index.numpy()], parts)
-        for index, x in zip(parts, found):
-            yield index, x.to(run.device)
-            bar.update(len(index) * run.world)
-
-
-def ahead(pool: ThreadPoolExecutor, work: Callable, parts: list):
-    """Results of work(part) in order, the next one under way while one is in use."""
-    waiting = [pool.submit(work, part) for part in parts[:1]]
-    for i in range(len(parts)):
-        waiting += [pool.submit(work, part) for part in parts[i + 1:i + 2]]
-        yield waiting.pop(0).result()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Frozen networks with public weights: vision transformers and LPIPS
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in 0..1
-RENAMED = {                                              # names in the public files -> those of torch's own layer
-    "dino": (("blocks.", "layers."), ("attn.qkv.", "self_attn.in_proj_"), ("attn.proj", "self_attn.out_proj"),
-             ("mlp.fc", "linear"), ("patch_embed.proj", "patch_embed")),
-    "siglip": (("vision_model.", ""), ("encoder.", ""), ("layer_norm", "norm"), ("mlp.fc", "linear"),
-               ("post_layernorm", "norm"), ("embeddings.patch_embedding", "patch_embed"),
-               ("embeddings.position_embedding.weight", "pos_embed"))}
-RENAMED["dinov2"] = RENAMED["dino"]
+def freeze(net: nn.Module, dist: Dist) -> nn.Module:
+    """To the device, without gradients. For bf16 the matrices are converted once, not in every call."""
+    net = net.to(dist.device).eval().requires_grad_(False)
+    for module in net.modules() if dist.precision == "bf16" else ():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            module.to(torch.bfloat16)
+    return net
 
 
 class VisionTransformer(nn.Module):
-    """DINO, DINOv2 (with registers or without) or SigLIP's vision tower, built and filled from its public weights.
+    """DINO, DINOv2 (with registers or without) or SigLIP's vision tower, sizes as in the weights."""
 
-    One pre-norm layer serves all three. They differ in the tokens before the patches, in GELU, in the statistics of
-    their input and in how a table of positions is stretched to another grid. Heads default to 64 channels each.
-    """
-
-    def __init__(self, weights: dict[str, torch.Tensor], kind: str, heads: int = 0):
+    def __init__(self, weights: Weights, kind: str, heads: int = 0):
         super().__init__()
-        w = {}
-        for key, value in weights.items():
-            if key.startswith(("text_model.", "logit_", "vision_model.head.")) or key.endswith(("_ids", "mask_token")):
-                continue                                 # SigLIP's text half and pooling; what only training used
-            for old, new in RENAMED[kind]:
-                key = key.replace(old, new)
-            w[key] = value.float()
-        try:
+        with reading("the file", f"{kind} weights"):
+            w = {}
+            for key, value in weights.items():
+                if not UNUSED.match(key):  # SigLIP's text half and pooling; training's mask
+                    for old, new in KEY_MAP.items():
+                        key = key.replace(old, new)
+                    w[key] = value.float()
             fold_layer_scale(w, "self_attn.out_proj", "linear2")
-            for key in [k for k in w if ".q_proj." in k]:
+            for key in [key for key in w if ".q_proj." in key]:  # SigLIP has three matrices for one
                 parts = [w.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
                 w[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
-            width, _, self.patch, _ = w["patch_embed.weight"].shape
-            pos = w.pop("pos_embed").reshape(1, -1, width)
+
+            width, _, patch, _ = w["patch_embed.weight"].shape
+            pos = w.pop("pos_embed").reshape(1, -1, width)  # 1 x tokens x D
             prefix = pos[:, :0]
-            if kind != "siglip":
+            if kind != "siglip":  # a class token, with a position of its own
                 prefix, pos = w.pop("cls_token") + pos[:, :1], pos[:, 1:]
             registers = w.pop("register_tokens", prefix[:, :0])
-        except KeyError as error:
-            fail(f"not {kind} weights: {error} is missing")
-        except (ValueError, RuntimeError, IndexError) as error:
-            fail(f"not {kind} weights: {str(error).splitlines()[0]}")
-        self.kind, self.width, self.prefix, self.registers = kind, width, 1 - (kind == "siglip"), registers.shape[1]
-        # DINO was trained with the exact GELU; the discriminators built on it use the other one, and so do we
-        gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
-        with torch.device("meta"):
-            self.patch_embed = nn.Conv2d(3, width, self.patch, self.patch)
-            self.layers = nn.ModuleList(
-                nn.TransformerEncoderLayer(width, heads or max(1, width // 64), 4 * width, 0, gelu, 1e-6,
-                                           batch_first=True, norm_first=True)
-                for _ in {k.split(".")[1] for k in w if k.startswith("layers.")})
-            self.norm = nn.LayerNorm(width, 1e-6)
-        load_strictly(self, w, f"{kind} weights")
-        for name, values in zip(("mean", "std"), ((0.5,) * 3,) * 2 if kind == "siglip" else IMAGENET):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+            if math.isqrt(pos.shape[1]) ** 2 != pos.shape[1]:
+                raise ValueError(f"{pos.shape[1]} positions are not a square grid")
+
+            # DINO was trained with exact GELU; the published discriminators on it use tanh's, as we do.
+            gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
+            heads = heads or (16 if width == 1152 else max(1, width // 64))  # SigLIP so400m
+            layer = width, heads, len(w["layers.0.linear1.weight"]), 0, gelu, 1e-6, True, True
+            depth = sum(key.endswith(".linear1.weight") for key in w)
+            with torch.device("meta"):  # no memory: the weights themselves move in
+                self.patch_embed = nn.Conv2d(3, width, patch, patch)
+                self.layers = nn.ModuleList(nn.TransformerEncoderLayer(*layer) for _ in range(depth))
+                self.norm = nn.LayerNorm(width, 1e-6)
+            self.load_state_dict(w, assign=True)
+
+        self.kind, self.width, self.patch = kind, width, patch
+        self.prefix, self.registers = prefix.shape[1], registers.shape[1]
+        imagenet, half = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3,) * 2  # mean, std of RGB
+        self.register_buffer("statistics", torch.tensor(half if kind == "siglip" else imagenet)[..., None, None])
         self.register_buffer("pos_embed", pos)
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 
-    def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The table of patch positions, 1 x rows*columns x D, stretched as the network's own code does it."""
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Patch positions, 1 x rows*columns x D, stretched as the network's own code does it."""
         m = math.isqrt(self.pos_embed.shape[1])
         if rows == columns == m:
             return self.pos_embed
-        table = self.pos_embed.unflatten(1, (m, m)).permute(0, 3, 1, 2)
-        if self.kind == "siglip" or self.registers:      # DINOv2 with registers smooths, SigLIP does not
+        table = self.pos_embed.unflatten(1, (m, m)).permute(0, 3, 1, 2)  # 1 x D x m x m
+        if self.kind == "siglip" or self.registers:  # DINOv2 with registers smooths, SigLIP does not
             table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=bool(self.registers))
-        else:                                            # the kernel takes this scale, not rows / m
-            scale = (rows + 0.1) / m, (columns + 0.1) / m
-            table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+        else:  # the kernel takes this scale, not rows / m
+            table = F.interpolate(table, scale_factor=((rows + 0.1) / m, (columns + 0.1) / m), mode="bicubic")
         return table.flatten(2).transpose(1, 2)
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images B x 3 x h x w -> class token, registers, patches: the input of the first layer."""
-        x = self.patch_embed(x)
-        tokens = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])
+    def embed(self, x: Tensor) -> Tensor:
+        """Normalised images -> class token, registers, patches: the first layer's input."""
+        x = self.patch_embed(x)  # B x D x rows x columns
+        tokens = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])  # B x N x D
         return torch.cat([self.prefix_tokens.expand(len(x), -1, -1), tokens], 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images -> tokens after the last norm, B x (prefix + registers + patches) x D."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images -> tokens after the last norm, B x (prefix + registers + N) x D."""
         x = self.embed(x)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
-    def normalise(self, image: torch.Tensor) -> torch.Tensor:
-        """Images in [-1, 1] -> the network's own input statistics."""
-        return (image * 0.5 + 0.5 - self.mean) / self.std
+    def normalise(self, image: Tensor) -> Tensor:
+        return (image * 0.5 + 0.5 - self.statistics[0]) / self.statistics[1]
 
     @torch.no_grad()
-    def patch_features(self, image: torch.Tensor, grid: int) -> torch.Tensor:
-        """B x grid*grid x D of images in [-1, 1], which are resized so that the network has as many patches."""
+    def patch_features(self, image: Tensor, grid: int) -> Tensor:
+        """Images in [-1, 1], resized to grid x grid patches -> B x grid*grid x D."""
         size = grid * self.patch
         if image.shape[-1] != size:
             image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
         return self(self.normalise(image))[:, self.prefix + self.registers:].float()
 
 
+def load_vit(name: str, folder: str, dist: Dist, hint: str) -> VisionTransformer:
+    """A frozen transformer of WEIGHTS; the first word of its name is its kind."""
+    weights = dist.rank0_first(lambda: pretrained(name, folder, hint))
+    return freeze(VisionTransformer(weights, re.split("[_-]", name)[0]), dist)
+
+
 class Lpips(nn.Module):
-    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): a distance of images in [-1, 1], B values; deterministic, no dropout."""
+    """LPIPS v0.1 on VGG16 (Zhang et al. 2018): distance of images in [-1, 1], B values."""
 
-    PLAN = (64, 64, "tap", "pool", 128, 128, "tap", "pool", 256, 256, 256, "tap", "pool", 512, 512, 512, "tap", "pool",
-            512, 512, 512, "tap")
+    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions by torchvision's number
 
-    def __init__(self, vgg: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]):
+    def __init__(self, vgg: Weights, heads: Weights):
         super().__init__()
-        self.convs, self.heads = nn.ModuleList(), nn.ParameterList()
-        numbers = sorted({int(key.split(".")[1]) for key in vgg if key.startswith("features.")})
-        try:
-            for number in numbers:
-                weight = vgg[f"features.{number}.weight"].float()
-                self.convs.append(nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1))
-                self.convs[-1].load_state_dict({"weight": weight, "bias": vgg[f"features.{number}.bias"].float()})
-            self.heads.extend(heads[f"lin{i}.model.1.weight"].float() for i in range(5))
-        except (KeyError, RuntimeError) as error:
-            fail(f"not the weights of VGG16 and LPIPS: {' '.join(str(error).split())[:200]}")
-        if [c.out_channels for c in self.convs] != [c for c in self.PLAN if isinstance(c, int)]:
-            fail("not the weights of VGG16: its convolutions have other widths")
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+        self.stages, self.heads = nn.ModuleList(), nn.ParameterList()
+        with reading("the file", "weights of VGG16 or LPIPS"):
+            for i, numbers in enumerate(self.STAGES):
+                stage = nn.Sequential()
+                for number in numbers:
+                    w, b = (vgg[f"features.{number}.{part}"].float() for part in ("weight", "bias"))
+                    conv = nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1)
+                    conv.load_state_dict({"weight": w, "bias": b})
+                    stage.extend([conv, nn.ReLU()])
+                self.stages.append(stage)
+                self.heads.append(heads[f"lin{i}.model.1.weight"].float())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
 
-    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The five tapped activations, each of unit length over its channels."""
-        x, taps, convs = (x - self.shift) / self.scale, [], iter(self.convs)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for step in self.PLAN:
-            if step == "tap":
-                taps.append(x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
-            else:
-                x = F.max_pool2d(x, 2) if step == "pool" else F.relu(next(convs)(x))
-        return taps
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Five activations of VGG16, each of unit length over its channels."""
+        x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+        features = []
+        for i, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2) if i else x)
+            features.append(x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return features
 
-    def layers(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def layers(self, a: Tensor, b: Tensor) -> Tensor:
         """The five parts of the distance, B x 5."""
-        return torch.stack([(head * (f - g).square()).sum(1).mean((1, 2))
-                            for head, f, g in zip(self.heads, self.features(a), self.features(b))], 1)
+        triples = zip(self.heads, self.features(a), self.features(b))
+        return torch.stack([(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in triples], 1)
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.layers(a, b).sum(1)
 
 
-def load_lpips(folder: str, hint: str = "--lpips 0") -> Lpips:
-    return Lpips(pretrained("vgg16-397923af", folder, hint), pretrained("lpips_vgg", folder, hint))
+def load_lpips(folder: str, dist: Dist) -> Lpips:
+    names = "vgg16-397923af", "lpips_vgg"
+    vgg, heads = dist.rank0_first(lambda: [pretrained(name, folder, "--lpips 0") for name in names])
+    return freeze(Lpips(vgg, heads), dist)
 
 
-def freeze(net: nn.Module, run: Run) -> nn.Module:
-    """On the device, without gradients; matrices once and for all in the precision they are multiplied in."""
-    net = net.to(run.device).eval().requires_grad_(False)
-    for m in net.modules() if run.precision == "bf16" else ():
-        if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
-            m.to(torch.bfloat16)
-    return net
+STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "pool", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "pool")
+STRIDED = re.compile(r"Conv2d_1a|Mixed_6a.branch3x3(dbl_3)?$|Mixed_7a.branch(3x3_2|7x7x3_4)")
+UNPADDED = re.compile(rf"{STRIDED.pattern}|Conv2d_[24]a")
+BRANCHES = {  # by kind of block: chains of convolutions
+    "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+    "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+    "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
+    "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
+    "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b")}
+BLOCKS = dict(zip(("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"), "AAABCCCCDEE"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction
+class Inception(nn.Module):
+    """FID's Inception of 2015: uint8 B x 3 x H x W -> pool B x 2048, spatial B x 2023, logits B x 1008."""
+
+    def __init__(self, weights: Weights, resize: str = "tf1"):
+        super().__init__()
+        self.resize, self.convs = resize, nn.ModuleDict()
+        with reading("the file", "weights of FID's Inception"):
+            self.register_buffer("fc", weights["fc.weight"].float())  # 1008 x 2048
+            for name in [key.removesuffix(".conv.weight") for key in weights if key.endswith(".conv.weight")]:
+                w = weights[f"{name}.conv.weight"].float()
+                parts = ("weight", "bias", "running_mean", "running_var")
+                gamma, beta, mean, variance = (weights[f"{name}.bn.{part}"].float() for part in parts)
+                scale = gamma * (variance + 1e-3).rsqrt()  # the batch norm, folded in
+                padding = (0, 0) if UNPADDED.match(name) else (w.shape[2] // 2, w.shape[3] // 2)
+                conv = nn.Conv2d(w.shape[1], w.shape[0], w.shape[2:], 1 + bool(STRIDED.match(name)), padding)
+                conv.load_state_dict({"weight": w * scale[:, None, None, None], "bias": beta - mean * scale})
+                self.convs[name.replace(".", "/")] = conv  # a module's name holds no dot
+            if len(self.convs) != 94:
+                raise ValueError(f"{len(self.convs)} convolutions, not 94")
+
+    def chain(self, x: Tensor, names: str, at: str = "") -> Tensor:
+        """Convolutions one after the other, a|b side by side."""
+        for name in names.split():
+            x = torch.cat([F.relu(self.convs[at + part](x), inplace=True) for part in name.split("|")], 1)
+        return x
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.resize == "tf1":
+            x = (tf_resize(images) - 128) / 128
+        else:  # pytorch-fid
+            x = 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        for name in STEM:
+            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.chain(x, name)
+
+        for block, kind in BLOCKS.items():
+            at = f"Mixed_{block}/branch"
+            parts = [self.chain(x, names, at) for names in BRANCHES[kind]]
+            if kind in "BD":
+                parts.append(F.max_pool2d(x, 3, 2))
+            elif block == "7c":
+                parts.append(self.chain(F.max_pool2d(x, 3, 1, 1), "_pool", at))
+            else:  # torchvision counts padded pixels, too
+                parts.append(self.chain(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "_pool", at))
+            if block == "6d":  # 17 x 17 x 7, flattened H, W, C
+                spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
+            x = torch.cat(parts, 1)
+
+        with torch.autocast(x.device.type, enabled=False):
+            pool = x.float().mean((2, 3))
+            return pool, spatial, pool @ self.fc.T  # the Inception Score leaves out the bias
 
 
-def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of uint8 images; identical ones count as 100 dB."""
-    error = (double(a) - double(b)).square().flatten(1).mean(1)
+def load_inception(folder: str, dist: Dist, resize: str = "tf1") -> Inception:
+    weights = dist.rank0_first(lambda: pretrained(INCEPTION, folder, "--features classifier or --no-rfid"))
+    return freeze(Inception(weights, resize), dist).to(memory_format=torch.channels_last)
+
+
+# ---------------- 3. Moments and distances
+
+@dataclass
+class LazyImages:
+    """n images that are made when asked for: make(index array) -> uint8 B x 3 x S x S."""
+    n: int
+    make: Callable
+    ahead: bool = False  # in another thread; not for networks: no_grad is per thread
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: np.ndarray) -> Tensor:
+        return self.make(index)
+
+
+def in_batches(images, dist: Dist, batch: int):
+    """This process's share, as (indices, uint8 B x 3 x S x S on the device)."""
+    parts = torch.arange(len(images)).split(batch)[dist.rank::dist.world_size]
+    bar = tqdm(parts, desc="features", leave=False, disable=None if dist.is_main else True)
+    future = None
+    with ThreadPoolExecutor(1) as pool:
+        for i, index in enumerate(bar):
+            x = future.result() if future else images[index.numpy()]
+            if i + 1 < len(parts) and getattr(images, "ahead", True):  # files are read meanwhile
+                future = pool.submit(images.__getitem__, parts[i + 1].numpy())
+            yield index, x.to(dist.device)
+
+
+class Moments:
+    """Mean and covariance of features (B x D), in float64, over batches and processes."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.count, self.sum, self.outer = (
+            torch.zeros(shape, device=device).double() for shape in (1, width, (width, width)))
+
+    def add(self, features: Tensor) -> None:
+        # Multiples of 2^-15 sum up exactly, so no bit depends on the order or the size of the batches.
+        features = (features.double() * 2**15).round() / 2**15
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer += features.T @ features
+
+    def finish(self, dist: Dist) -> tuple[Tensor, Tensor]:
+        n, total, outer = (dist.all_reduce(x).cpu() for x in (self.count, self.sum, self.outer))
+        mean = total / n
+        return mean, (outer - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64."""
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
+    # The eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2) are real without full rank, too; scipy's sqrtm is not.
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    distance = ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+    if not math.isfinite(distance):
+        die("a Frechet distance is not finite: the features or statistics are not")
+    return max(0.0, distance)
+
+
+# ---------------- 4. FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them
+
+def tf_resize(x: Tensor, size: int = 299) -> Tensor:
+    """TensorFlow 1's bilinear resize of B x 3 x H x W, bit by bit: no half-pixel shift, no smoothing."""
+    for axis in (3, 2):  # first along rows of pixels, then along columns
+        n = x.shape[axis]
+        at = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32, device=x.device)
+        low = at.floor().long()
+        weight = (at - low).view(-1, *[1] * (3 - axis))
+        a = x.index_select(axis, low).float()
+        b = x.index_select(axis, (low + 1).clamp(max=n - 1)).float()
+        x = a + (b - a) * weight
+    return x
+
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) || p(y))) of blocks of 5,000 images in file order, averaged."""
+
+    def __init__(self, n: int, device: torch.device, block: int = 5000, classes: int = 1008):
+        self.block = block
+        # A row per block: sums of p and of p log p, number of images.
+        self.sums = torch.zeros(-(-n // block), classes + 2, device=device).double()
+
+    def add(self, index: Tensor, logits: Tensor) -> None:
+        log_p = logits.double().log_softmax(1)
+        p = log_p.exp()
+        row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
+        self.sums.index_add_(0, index.to(p.device) // self.block, row)
+
+    def finish(self, dist: Dist) -> float:
+        p, negative_entropy, count = dist.all_reduce(self.sums).cpu().tensor_split([-2, -1], 1)
+        mean = p / count
+        return (negative_entropy[:, 0] / count[:, 0] - torch.special.xlogy(mean, mean).sum(1)).exp().mean().item()
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
+
+
+def knn_radii(x: Tensor, k: int = 3, tile: int = 2000) -> Tensor:
+    """Squared distance of each point to its k-th nearest other point."""
+    if len(x) <= k:
+        die(f"precision and recall need more than {k} images in each set")
+    return torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(tile)])
+
+
+def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, tile: int = 2000) -> tuple:
+    """Share of samples within a radius of the reference, and the reverse (Kynkaanniemi 2019)."""
+    def covered(points, centres):
+        radii, hits = knn_radii(centres, k, tile), 0
+        for part in points.split(tile):  # n x n distances would not fit; ADM's are float16
+            tiles = zip(centres.split(tile), radii.split(tile))
+            hits += sum((squared_distances(part, c) <= r).any(1) for c, r in tiles).count_nonzero().item()
+        return hits / len(points)
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@torch.no_grad()
+def inception_statistics(net: Inception, images, dist: Dist, batch: int = 100, keep: int = 0) -> dict:
+    """mu, sigma, mu_s, sigma_s, Inception Score of uint8 images; pool features of at most `keep`, evenly spaced."""
+    pool_moments, spatial_moments = Moments(2048, dist.device), Moments(2023, dist.device)
+    score = InceptionScore(len(images), dist.device)
+    kept = torch.from_numpy(np.linspace(0, len(images) - 1, min(len(images), keep)).astype(int))
+    features = torch.zeros(len(kept), 2048, device=dist.device)  # each process fills its rows
+    for index, x in in_batches(images, dist, batch):
+        with dist.autocast():
+            pool, spatial, logits = net(x)
+        pool_moments.add(pool)
+        spatial_moments.add(spatial)
+        score.add(index, logits)
+        inside = torch.isin(index, kept)
+        features[torch.searchsorted(kept, index[inside]).to(dist.device)] = pool[inside.to(dist.device)]
+
+    moments = *pool_moments.finish(dist), *spatial_moments.finish(dist)
+    return dict(zip(("mu", "sigma", "mu_s", "sigma_s"), moments)) | {
+        "n": len(images), "inception_score": score.finish(dist), "features": dist.all_reduce(features)}
+
+
+# ---------------- 5. Reconstructions
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pairs of uint8 images; at most 100 dB."""
+    error = (a.double() - b.double()).square().flatten(1).mean(1)
     return (20 * math.log10(255) - 10 * error.log10()).clamp(max=100)
 
 
-def ssim(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of each pair of uint8 images: 11-pixel Gaussian window of deviation 1.5 (Wang 2004)."""
-    a, b = double(a) / 255, double(b) / 255
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5."""
+    a, b = a.double() / 255, b.double() / 255
     w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
-    w = (torch.outer(w, w) / w.sum() ** 2)[None, None]
-
-    def blur(x):
-        return F.conv2d(x.flatten(0, 1)[:, None], w).view(*x.shape[:2], x.shape[2] - 10, x.shape[3] - 10)
-
+    w = (torch.outer(w, w) / w.sum() ** 2).expand(a.shape[1], 1, 11, 11)
+    blur = functools.partial(F.conv2d, weight=w, groups=a.shape[1])  # each channel by itself
     ma, mb = blur(a), blur(b)
     va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
+    c1, c2 = 0.01**2, 0.03**2  # flat images: no division by zero
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return score.flatten(1).mean(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latents: what a linear model, the neighbours and Gaussian mixtures make of them (paper, Fig. 2a, 5a and App. B.3)
+@torch.no_grad()
+def reconstruction_metrics(reconstruct, images, dist: Dist, classifier_fd=None, lpips=None,
+                           weights: str | None = None) -> dict[str, float]:
+    """Scores of reconstruct(uint8) against uint8 images: psnr, ssim, and what else is given."""
+    side = images[np.arange(1)].shape[-1]
+    metrics = {"psnr": psnr}
+    if side > 10:  # the window of SSIM
+        metrics["ssim"] = ssim
+    if lpips:
+        metrics["lpips"] = lambda x, y: lpips(to_float(x), to_float(y))
+    sums = torch.zeros(len(metrics), device=dist.device).double()
+    batch = max(1, min(250, 250 * 128**2 // side**2))  # large images need more memory
+    for _, x in in_batches(images, dist, batch):
+        y = reconstruct(x)
+        with dist.autocast():  # float64 stays float64
+            sums += torch.stack([metric(x, y).sum().to(sums) for metric in metrics.values()])
 
+    scores = dict(zip(metrics, (dist.all_reduce(sums) / len(images)).tolist()))
+    lazy = LazyImages(len(images), lambda i: reconstruct(images[i].to(dist.device)))
+    if classifier_fd:
+        scores["fd_classifier"] = classifier_fd.score(lazy)[0]["fd_classifier"]
+    if weights is not None:
+        fp32 = replace(dist, precision="fp32")
+        net = load_inception(weights, fp32)
+        a, b = (inception_statistics(net, x, fp32) for x in (lazy, images))
+        scores["rfid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+    return scores
+
+
+# ---------------- 6. Latents: a linear model and Gaussian mixtures on them (paper, Fig. 2a, 5a, App. B.3)
 
 def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
-    """Accuracy of logistic regression on the flattened, standardised latents (paper Fig. 5a)."""
-    z, v = train_z.flatten(1).double(), val_z.flatten(1).double()
+    """Accuracy of logistic regression on the flattened, standardised latents."""
+    z, v = train_z.flatten(1).double(), val_z.flatten(1).double()  # n x L*H
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, v = (z - mean) / std, (v - mean) / std
-    w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)
+    w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)  # last row: bias
     solver = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def objective():
@@ -527,29 +558,16 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int =
     return ((v @ w[:-1] + w[-1]).argmax(1) == val_y).double().mean().item()
 
 
-def knn_accuracy(train_z, train_y, val_z, val_y, classes: int, k: int = 10) -> float:
-    """Share of validation latents whose class is the commonest among their k nearest standardised training latents."""
-    z, v = train_z.flatten(1), val_z.flatten(1)
-    mean, std = z.mean(0), z.std(0) + 1e-6
-    z, v = (z - mean) / std, (v - mean) / std
-    right = 0
-    for part, y in zip(v.split(500), val_y.split(500)):
-        near = train_y[squared_distances(part, z).topk(k, largest=False).indices]
-        right += (F.one_hot(near, classes).sum(1).argmax(1) == y).sum().item()
-    return right / len(val_y)
-
-
-def principal_components(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, axes (columns, largest variance first) and the share of variance that the first 1, 2, ... axes explain."""
-    z = z.double()
-    values, vectors = torch.linalg.eigh(torch.cov(z.T))
+def principal_components(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, axes (columns, largest first), share of variance of the first 1, 2, ... axes."""
+    values, vectors = torch.linalg.eigh(torch.cov(z.double().T))
     values = values.flip(0).clamp(min=0)
-    return z.mean(0), vectors.flip(1), values.cumsum(0) / values.sum()
+    return z.double().mean(0), vectors.flip(1), values.cumsum(0) / values.sum()
 
 
-def mixture_log_prob(x: torch.Tensor, weights, means, covariances) -> torch.Tensor:
-    """log of weight times density of each point under each Gaussian, N x K."""
-    inverse = torch.linalg.inv(torch.linalg.cholesky(covariances))               # K x d x d
+def gmm_log_prob(x: Tensor, weights, means, covariances) -> Tensor:
+    """log(weight * density) of n points under K Gaussians, n x K."""
+    inverse = torch.linalg.inv(torch.linalg.cholesky(covariances))  # K x d x d
     parts = []
     for w, m, p in zip(weights, means, inverse):
         squares = ((x - m) @ p.T).square().sum(1)
@@ -557,105 +575,87 @@ def mixture_log_prob(x: torch.Tensor, weights, means, covariances) -> torch.Tens
     return torch.stack(parts, 1)
 
 
-def fit_mixture(x: torch.Tensor, k: int, seed: int = 0, iterations: int = 100, floor: float = 1e-3) -> tuple:
-    """Weights, means and full covariances of k Gaussians by EM in float64, started by k-means++ and ten k-means steps.
-
-    `floor` is added to the variances; the fit ends when the log-likelihood per dimension gains less than 1e-4.
-    """
-    x, g = x.double(), torch.Generator().manual_seed(seed)
+def fit_gmm(x: Tensor, k: int, seed: int = 0, iterations: int = 100, floor: float = 1e-3) -> tuple:
+    """Weights, means, full covariances (plus `floor`) of k Gaussians: EM from k-means++."""
     if len(x) < 2 * k:
-        fail(f"{len(x)} latents are too few for a mixture of {k} Gaussians")
-    centres = x[torch.randint(len(x), (1,), generator=g)]
-    while len(centres) < k:
-        nearest = squared_distances(x, centres).min(1).values
-        centres = torch.cat([centres, x[torch.multinomial(nearest.cpu() + 1e-12, 1, generator=g)]])
-    for _ in range(10):
-        member = F.one_hot(squared_distances(x, centres).argmin(1), k).double()
-        count = member.sum(0)[:, None]
-        centres = torch.where(count > 0, member.T @ x / count.clamp(min=1), centres)
-    responsibility, before = member, -math.inf
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        die(f"{len(x)} latents are too few for a mixture of {k} Gaussians")
+    x, last = x.double(), -math.inf
+    _, cluster = kmeans2(x.cpu().numpy(), k, minit="++", rng=np.random.default_rng(seed))
+    responsibility = F.one_hot(torch.from_numpy(cluster).long(), k).to(x)  # n x K
+    eye = torch.eye(x.shape[1]).to(x)
     for _ in range(iterations):
-        count = responsibility.sum(0) + 1e-9
+        count = responsibility.sum(0) + 1e-9  # a cluster may be empty
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
-        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n for m, r, n in zip(
-            means, responsibility.T, count)]) + floor * eye
-        joint = mixture_log_prob(x, weights, means, covariances)
+        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n + floor * eye
+                                   for m, r, n in zip(means, responsibility.T, count)])
+        joint = gmm_log_prob(x, weights, means, covariances)
         total = joint.logsumexp(1)
         responsibility = (joint - total[:, None]).exp()
-        if total.mean() - before < 1e-4 * x.shape[1]:
+        if total.mean() - last < 1e-4 * x.shape[1]:
             break
-        before = total.mean()
+        last = total.mean()
     return weights, means, covariances
 
 
-def mixture_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), seed: int = 0) -> dict[int, float]:
-    """Held-out negative log-likelihood per dimension of growing mixtures (App. B.3): PCA to `dims`, standardise."""
+def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), seed: int = 0) -> dict[int, float]:
+    """Held-out negative log-likelihood per dimension of growing mixtures, after PCA to `dims`."""
     mean, axes, _ = principal_components(train_z)
     z, v = ((x.double() - mean) @ axes[:, :dims] for x in (train_z, val_z))
-    std = z.std(0).clamp(min=1e-9)                        # a dead channel stays where it is
+    std = z.std(0).clamp(min=1e-9)  # a dead channel stays where it is
     curve = {}
     for k in tqdm(sizes, desc="mixtures", leave=False, disable=None):
-        mixture = fit_mixture(z / std, k, seed)
-        curve[k] = -mixture_log_prob(v / std, *mixture).logsumexp(1).mean().item() / dims
+        mixture = fit_gmm(z / std, k, seed)
+        curve[k] = -gmm_log_prob(v / std, *mixture).logsumexp(1).mean().item() / dims
     return curve
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features from the data set's own labels
-
+# ---------------- 7. Features from the data set's own labels
 
 class Classifier(nn.Module):
-    """A small convolutional network; gives its pooled features (B x 192) and class logits for uint8 images."""
-
-    WIDTH = 192
+    """A small convolutional network: images -> pooled features (B x 192) and class logits (B x K)."""
 
     def __init__(self, classes: int):
         super().__init__()
-        widths = (3, 32, 64, 128, self.WIDTH)
-        self.stages = nn.Sequential(*(nn.Sequential(
-            nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False), nn.BatchNorm2d(o), nn.GELU()
-        ) for i, o in itertools.pairwise(widths)))
-        self.head = nn.Linear(self.WIDTH, classes)
+        self.stages = nn.Sequential()
+        for i, o in itertools.pairwise((3, 32, 64, 128, 192)):
+            conv = nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False)
+            self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.GELU()))
+        self.head = nn.Linear(192, classes)
 
-    def maps(self, x):
+    def maps(self, x: Tensor) -> Tensor:
         """The last convolution of images in [-1, 1]: B x 192 x S/8 x S/8, with S at most 64."""
         if x.shape[-1] > 64:
             x = F.interpolate(x, (64, 64), mode="area")
         return self.stages(x.contiguous(memory_format=torch.channels_last))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.maps(to_float(x) if x.dtype == torch.uint8 else x).mean((2, 3))
         return features.float(), self.head(features).float()
 
     @torch.no_grad()
-    def patch_features(self, x: torch.Tensor, grid: int) -> torch.Tensor:
-        """B x grid*grid x 192 of images in [-1, 1]: the map, averaged over patches, or repeated."""
+    def patch_features(self, x: Tensor, grid: int) -> Tensor:
+        """Images in [-1, 1] -> B x grid*grid x 192: the maps, averaged over patches, or repeated."""
         return F.adaptive_avg_pool2d(self.maps(x), grid).flatten(2).transpose(1, 2).float()
 
 
-def train_classifier(train: Images, run: Run, seed: int = 0, steps: int = 800, batch: int = 100) -> Classifier:
-    """Fit the classifier to the training labels, in one process; deterministic on one kind of device.
-
-    Batches are blurred (shrunk to 1/2, 1/3 or 1/4 and enlarged) in three of four steps, and noise is added, so that it
-    knows an object by its form, as a person does, and not by single sharp pixels.
-    """
+def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800, batch: int = 100) -> Classifier:
+    """Fit the classifier in one process; deterministic on one kind of device."""
     torch.manual_seed(seed)
-    net = Classifier(len(train.classes)).to(run.device, memory_format=torch.channels_last)
-    params = list(net.parameters())
-    optimizer = torch.optim.AdamW(params, 5e-3, weight_decay=0.05)
-    batches = Batches(train, batch, seed, Run(0, 1, run.device, run.precision))
+    net = Classifier(len(images.classes)).to(dist.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=0.05)
+    loader, warmup = Loader(images, batch, seed, dist), steps // 10
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * learning_rate(step, steps, steps // 10, "linear")
-        x, y = batches(step)
+        decay = 1 - 0.9 * (max(0, step - warmup) / (steps - warmup))  # linear, to a tenth
+        optimizer.param_groups[0]["lr"] = 5e-3 * (min(1.0, (step + 1) / max(1, warmup)) * decay)  # warm-up first
+        x, y = loader(step)  # B x 3 x S x S, B
+        # Blur in three of four batches, and noise, teach forms, as a person sees them, not sharp pixels.
         if step % 4:
             small = max(1, round(x.shape[-1] / (step % 4 + 1)))
             x = F.interpolate(F.interpolate(x, (small, small), mode="area"), x.shape[-2:], mode="bicubic")
-        g = run.generator(seed, 9, step)
-        amount = 0.15 * torch.rand(len(x), 1, 1, 1, generator=g, device=run.device)
-        x = x + amount * torch.randn(x.shape, generator=g, device=run.device)
-        with run.autocast():
+        g = dist.generator(seed, "classifier noise", step)
+        amount = 0.15 * torch.rand(len(x), 1, 1, 1, generator=g, device=dist.device)
+        x = x + amount * torch.randn(x.shape, generator=g, device=dist.device)
+        with dist.autocast():
             loss = F.cross_entropy(net(x)[1], y, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -663,423 +663,241 @@ def train_classifier(train: Images, run: Run, seed: int = 0, steps: int = 800, b
     return net.eval().requires_grad_(False)
 
 
-def keep_classifier(train: Images, run: Run, seed: int, more: Callable = lambda net, alone: {}) -> tuple:
-    """(the classifier of a data set, what more(it, a run of one process) found), made once and kept in the cache."""
-    if len(train.classes) < 2:
-        fail("a classifier needs a data set with classes; this one has a single class")
-    path = cache_dir() / f"classifier-2-{seed}-{train.fingerprint}.pt"
+def cached_classifier(images: ImageSet, dist: Dist, seed: int = 0) -> Classifier:
+    """The frozen classifier of a data set, trained once; `moments`: mean and covariance of its features."""
+    # Seed 0 scores images, seed 1 teaches the tokenizer: no network scores what it has taught.
+    if len(images.classes) < 2:
+        die("a classifier needs a data set with two classes or more")
+    path = cache_dir() / f"classifier-3-{seed}-{images.fingerprint}.pt"  # 3: version of the training
 
-    def make():
-        with locked(path.with_suffix(".lock")):
-            if not path.exists():
-                run.print(f"training a small classifier (seed {seed}), once for this data set")
-                alone = Run(0, 1, run.device, run.precision)
-                net = train_classifier(train, alone, seed)
-                save_checkpoint(path, {"kind": "classifier", "net": net.state_dict(), **more(net, alone)})
+    def load():
+        if not path.exists():
+            dist.print(f"training a small classifier (seed {seed}), once for this data set")
+            net = train_classifier(images, dist.alone(), seed)
+            mean, cov, _ = score_images(net, images, None, dist.alone())
+            dist.save(path, {"kind": "classifier", "net": net.state_dict(), "mean": mean, "cov": cov})
+        return load_checkpoint(path, "classifier")
 
-    run.first(make)
-    state = load_checkpoint(path, "classifier")
-    net = Classifier(len(train.classes))
-    net.load_state_dict(state.pop("net"))
-    return net.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False), state
-
-
-class Made:
-    """n images that come into being when they are asked for: make(index) -> uint8 B x 3 x S x S."""
-
-    def __init__(self, n: int, make):
-        self.n, self.make = n, make
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        return self.make(index)
+    state = dist.rank0_first(load)
+    net = Classifier(len(images.classes))
+    net.load_state_dict(state["net"])
+    net.moments = state["mean"], state["cov"]
+    return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def score_images(net: Classifier, images, labels: torch.Tensor | None, run: Run, batch: int = 500) -> tuple:
-    """Mean and covariance of the features of uint8 images (tensor, Images, Made), and the share of labels known."""
-    moments, right = Moments(net.WIDTH, run.device), torch.zeros(1, device=run.device)
-    for index, x in in_batches(images, run, batch):
+def score_images(net: Classifier, images, labels: Tensor | None, dist: Dist) -> tuple:
+    """Mean and covariance of the features of uint8 images, share of labels recognised."""
+    moments, right = Moments(192, dist.device), torch.zeros(1, device=dist.device)
+    for index, x in in_batches(images, dist, 500):
         features, logits = net(x)
         moments.add(features)
         if labels is not None:
-            right += (logits.argmax(1) == labels[index].to(run.device)).sum()
-    return *moments.finish(run), run.sum(right).item() / len(images)
+            right += (logits.argmax(1) == labels[index].to(dist.device)).sum()
+    return *moments.finish(dist), dist.all_reduce(right).item() / len(images)
 
 
-class Judge:
-    """The classifier of a data set, the statistics of its training images, and the validation images' own score."""
+class ClassifierFD:
+    """Distance to the training images (mean, cov); `reference` is the score of the validation images."""
 
-    def __init__(self, train: Images, val: Images, run: Run):
-        def statistics(net, alone):
-            mean, cov, _ = score_images(net, train, None, alone)
-            mean_val, cov_val, accuracy = score_images(net, val, val.labels, alone)
-            return {"mean": mean, "cov": cov, "reference": {
-                "fd_classifier": frechet_distance(mean, cov, mean_val, cov_val), "class_accuracy": accuracy,
-                "images": len(val)}}
+    def __init__(self, train: ImageSet, val: ImageSet, dist: Dist):
+        self.dist, self.net = dist, cached_classifier(train, dist)
+        self.mean, self.cov = self.net.moments
+        self.reference, _ = self.score(val, val.labels)
 
-        self.run, (self.net, state) = run, keep_classifier(train, run, 0, statistics)
-        self.mean, self.cov, self.reference = state["mean"], state["cov"], state["reference"]
-
-    def score(self, images, labels: torch.Tensor | None = None) -> tuple[dict, tuple]:
-        """(fd_classifier of uint8 images against the training images and the share of their labels recognised; the mean
-        and covariance of their features, for distances to other images).
-        """
-        mean, cov, accuracy = score_images(self.net, images, labels, self.run)
-        facts = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
-        return facts | ({"class_accuracy": accuracy} if labels is not None else {}), (mean, cov)
-
-    def __call__(self, images, labels: torch.Tensor | None = None) -> dict:
-        return self.score(images, labels)[0]
+    def score(self, images, labels: Tensor | None = None) -> tuple[dict, tuple]:
+        """({fd_classifier, images, class_accuracy if labels are given}, (mean, covariance) of the images)."""
+        mean, cov, accuracy = score_images(self.net, images, labels, self.dist)
+        row = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
+        return row | ({} if labels is None else {"class_accuracy": accuracy}), (mean, cov)
 
 
-def npz_array(path: Path, name: str) -> np.ndarray:
-    """An array of an npz file; mapped, not read, where it is stored uncompressed."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{name}.npy")
-    if info.compress_type == zipfile.ZIP_STORED:
-        with open(path, "rb") as file:
-            file.seek(info.header_offset + 26)           # of the member's own header: lengths of its name and extras
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-            version = np.lib.format.read_magic(file)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, fortran, dtype = read[version](file)
-            if not fortran and not dtype.hasobject and math.prod(shape):
-                return np.memmap(path, dtype, "r", file.tell(), shape)
-    with np.load(path) as file:
-        return file[name]
+# ---------------- 8. Command line
 
+@dataclass(frozen=True)
+class Config:
+    task: str = option("score", "as the commands above set it", ("score", "stats", "latents"))
+    samples: str = option("out/samples/samples.npz", "the set A, or checkpoints with commas")
+    data: str = option("", "the set B; empty: what the samples name")
+    out: str = option("", "file, or folder for latents; empty: metrics.json beside the samples")
+    features: str = option("classifier", "of the distance; `A B` means fid", ("classifier", "fid", "both"))
+    resize: str = option("tf1", "as ADM or as pytorch-fid", ("tf1", "pytorch-fid"))
+    size: int = option(0, "side of a data set; 0: that of the samples")
+    weights: str = option("", "folder of the Inception weights; empty: the cache")
+    batch_size: int = option(100, "images that a process scores at a time", least=1)
+    precision: str = option("fp32", "bf16 moves a FID slightly", ("auto", "fp32", "bf16"))
+    dims: int = option(0, "of the mixtures; 0: 90 % of the variance of each tokenizer's latents")
 
-def load_samples(path: Path, reference: bool = False) -> tuple[Images, torch.Tensor | None, dict]:
-    """Images of an npz file, their labels or None, and the facts sample.py stored with them."""
-    try:
-        pixels = npz_array(path, "arr_0")
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
-            raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
-        with np.load(path) as file:
-            if "mu" in file and not reference:
-                raise ValueError("it holds the statistics of a reference: give it second, as B")
-            labels = torch.from_numpy(file["labels"]) if "labels" in file else None
-            facts = json.loads(str(file["facts"])) if "facts" in file else {}
-        if labels is not None and labels.shape != (len(pixels),):
-            raise ValueError(f"{tuple(labels.shape)} labels for {len(pixels)} images")
-    except FileNotFoundError:
-        fail(f"{path}: no such file; sample.py writes it")
-    except LOAD_ERRORS as error:
-        fail(f"{path} is not a file of samples ({in_a_line(error)}); arr_0 must be uint8 n x S x S x 3")
-    return Images(pixels, torch.zeros(len(pixels)), ["all"], ""), labels, facts
-
-
-class Folder:
-    """Image files of one size below a folder, read by a few threads when they are asked for."""
-
-    def __init__(self, root: Path):
-        self.root, self.names, self.pool, self.shapes = root, find_images(root), ThreadPoolExecutor(4), set()
-        if not self.names:
-            fail(f"{root}: no images found")
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        try:
-            images = list(self.pool.map(lambda i: read_image(self.root / self.names[i], 0), index))
-        except READ_ERRORS as error:
-            fail(f"{self.root}: an image is unreadable: {error}")
-        self.shapes |= {image.shape for image in images}
-        if len(self.shapes) > 1:
-            fail(f"{self.root}: images of several sizes, as {min(self.shapes)} and {max(self.shapes)}; crop them to "
-                 "one: data.py --data DIR --size S --out PACKED, and give PACKED")
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def open_set(name: str, size: int, run: Run) -> tuple:
-    """Images of a set (or None) and its stored statistics (or {}): see the head of this file for what it may be."""
-    path = Path(name)
-    if path.suffix == ".npz":
-        try:
-            with np.load(path) as file:
-                names = [k for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file]
-                stored = {k: torch.from_numpy(file[k]).double() for k in names}
-                pixels = "arr_0" in file
-                n = int(file["n"]) if "n" in file else 0
-            for mean, cov, width in (("mu", "sigma", 2048), ("mu_s", "sigma_s", 2023)):
-                if (mean in stored or cov in stored or mean == "mu" and stored) and not (
-                        stored[mean].shape == (width,) and stored[cov].shape == (width, width)):
-                    raise ValueError(f"{mean} and {cov} must have {width} and {width} x {width} numbers")
-            if not all(value.isfinite().all() for value in stored.values()):
-                raise ValueError("its statistics are not finite")
-            if not stored and not pixels:
-                raise ValueError("neither arr_0 nor mu and sigma are in it")
-        except FileNotFoundError:
-            fail(f"{path}: no such file")
-        except LOAD_ERRORS as error:
-            fail(f"{path} is not a file of images or statistics ({in_a_line(error)})")
-        return load_samples(path, True)[0] if pixels else None, stored | ({"n": n} if stored else {})
-    try:
-        packed = json.loads((path / "meta.json").read_text()) if (path / "meta.json").is_file() else {}
-        packed = packed if "fingerprint" in packed else {}
-        size = packed["size"] if packed else size
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{path / 'meta.json'} is not that of a packed data set ({type(error).__name__})")
-    if name in NAMED or packed:
-        if not size:
-            fail(f"{name} is a data set without a size of its own: give --size")
-        return run.first(lambda: load_images(name, size, "train")), {}
-    if not path.is_dir():
-        fail(f"{name}: no such file or folder, and none of {', '.join(NAMED)}")
-    return Folder(path), {}
-
-
-def compare(cfg: Config, run: Run, a, b, stored: dict) -> dict:
-    """FID, sFID, IS, precision and recall, or fd_dinov2, of images a against images b or stored statistics.
-
-    Precision and recall take 10,000 evenly spaced images of a larger b, as many as ADM's reference files hold.
-    """
-    metrics, wanted = {}, cfg.features.split(",")
-    if "dinov2" in wanted and b is None:
-        fail("--features dinov2 needs the images of the set B, not its Inception statistics")
-    if "fid" in wanted:
-        net = load_inception(cfg, run)
-        ours = inception_statistics(net, a, run, cfg.batch_size, keep=len(a) if b is not None else 0)
-        theirs = inception_statistics(net, b, run, cfg.batch_size, keep=10_000) if b is not None else {}
-        against = theirs | stored                        # what is stored is of the whole set, its images may be a few
-        metrics["fid"] = frechet_distance(ours["mu"], ours["sigma"], against["mu"], against["sigma"])
-        if "mu_s" in against:
-            metrics["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], against["mu_s"], against["sigma_s"])
-        metrics["inception_score"] = ours["inception_score"]
-        if theirs:
-            metrics["precision"], metrics["recall"] = precision_recall(theirs["features"], ours["features"])
-            metrics["n_reference_precision"] = len(theirs["features"])
-        metrics |= {"resize": cfg.resize, "n_reference": int(against["n"]) or None,
-                    "inception": "pt_inception-2015-12-05-6726825d"}
-    if "dinov2" in wanted:
-        net = VisionTransformer(pretrained("dinov2_vitl14_pretrain", cfg.weights, "--features fid"), "dinov2")
-        both = [dino_moments(freeze(net, run), images, run, cfg.batch_size) for images in (a, b)]
-        metrics["fd_dinov2"] = frechet_distance(*both[0], *both[1])
-    return metrics
-
-
-@torch.no_grad()
-def dino_moments(net: VisionTransformer, images, run: Run, batch: int) -> tuple:
-    """Mean and covariance of the class token of images resized to 224 (bicubic, antialiased)."""
-    moments = Moments(net.width, run.device)
-    for _, x in in_batches(images, run, batch):
-        x = F.interpolate(to_float(x), (224, 224), mode="bicubic", antialias=True)
-        with run.autocast():
-            moments.add(net(net.normalise(x))[:, 0].float())
-    return moments.finish(run)
-
-
-def write_statistics(cfg: Config, run: Run) -> None:
-    """fid.py stats X --out ref.npz: mu, sigma, mu_s, sigma_s of all images, and up to 10,000 of them for precision."""
-    images, _ = open_set(cfg.stats, cfg.size, run)
-    if images is None or not cfg.out.endswith(".npz"):
-        fail(f"fid.py stats {cfg.stats} --out REF.npz: the set must have images, and --out must end in .npz")
-    found = inception_statistics(load_inception(cfg, run), images, run, cfg.batch_size)
-    if run.main:
-        some = evenly(len(images), 10_000).numpy()
-        pixels = np.concatenate([images[part].permute(0, 2, 3, 1).numpy() for part in np.array_split(
-            some, -(-len(some) // 500))])
-        part, out = Path(cfg.out + ".part.npz"), Path(cfg.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, arr_0=pixels, n=len(images), **{k: found[k].numpy() for k in ("mu", "sigma", "mu_s", "sigma_s")})
-        part.replace(out)
-    run.print(f"wrote {cfg.out}: statistics of {len(images)} images of {cfg.stats} ({cfg.resize} resize, "
-              f"{run.precision}), and up to 10,000 of them")
-    run.barrier()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Many runs side by side: one JSON a run, the table, the pictures. A run is a folder KIND-SEED with tokenizer/, diffusion/
-# (evaluated without guidance), analysis/, guided/, stage1/ (samples decoded by stage 1) and step-N/ (earlier models)
-
-MEASURES = {                                             # rows of the table: key, digits, factor
-    "reconstruction: PSNR, stage 1": ("stage1.psnr", 2, 1),
-    "reconstruction: PSNR, stage 2": ("stage2.psnr", 2, 1),
-    "reconstruction: rFD, stage 1": ("stage1.fd_classifier", 2, 1),
-    "reconstruction: rFD, stage 2": ("stage2.fd_classifier", 2, 1),
-    "samples: gFD": ("samples.fd_classifier", 2, 1),
-    "samples: distance to reconstructions": ("samples.fd_to_reconstructions", 2, 1),
-    "samples: gFD, decoder of stage 1": ("samples_stage1.fd_classifier", 2, 1),
-    "samples: gFD, guided": ("samples_guided.fd_classifier", 2, 1),
-    "samples: recognised, %": ("samples.class_accuracy", 1, 100),
-    "samples: recognised, guided, %": ("samples_guided.class_accuracy", 1, 100),
-    "diffusion loss at the end": ("diffusion_loss", 3, 1),
-    "latents: linear probe, %": ("linear_probe", 1, 100),
-    "latents: k-NN, %": ("knn_accuracy", 1, 100),
-    "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
-    "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
-    "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
-}
-PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "stage1/metrics.json",
-         "guided/metrics.json")
-LOSSES = "diffusion/log.jsonl"                           # whose last line holds the loss at the end
-
-
-def number(row: dict, key: str) -> float:
-    """row["a"]["b"] for the key "a.b"."""
-    return float(functools.reduce(lambda found, name: found[name], key.split("."), row))
-
-
-def collect(folder: Path) -> dict:
-    """What the commands left in one run's folder, as one dict; `setup` must be the same in runs that are compared."""
-    try:
-        kind, _, seed = folder.name.rpartition("-")
-        tok, analysis, gen, stage1, guided = (json.loads((folder / part).read_text()) for part in PARTS)
-        (latents,) = analysis["rows"].values()
-        log = [json.loads(line) for line in (folder / LOSSES).read_text().splitlines()]
-        by_step = {int(path.parent.name[5:]): json.loads(path.read_text())["samples"]["fd_classifier"]
-                   for path in folder.glob("step-*/metrics.json")} | {gen["steps"]: gen["rows"]["samples"]["fd_classifier"]}
-        sampling = {k: v for k, v in gen["sampling"].items() if k != "seed"}
-        row = {"kind": kind, "seed": int(seed), "commit": [tok["commit"], gen["commit"], guided["commit"]],
-               "setup": {"steps": tok["steps"], "stage2_steps": tok["stage2_steps"], "diffusion_steps": gen["steps"],
-                         "precision": tok["precision"], "data": latents["data"], "latents": latents["latents"],
-                         "dimensions": analysis["dimensions"], "images": gen["rows"]["samples"]["images"],
-                         "sampling": sampling, "guided": guided["sampling"]["guidance"],
-                         "scored_at_steps": sorted(by_step)},
-               "stage1": tok["stage1"], "stage2": tok["stage2"], "linear_probe": tok["linear_probe"],
-               **{k: latents[k] for k in ("knn_accuracy", "dimensions_for_90_percent", "mixture_nll_per_dimension")},
-               "samples": gen["rows"]["samples"], "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
-               "real_validation_images": gen["rows"]["real validation images"], "diffusion_loss": log[-1]["loss"],
-               "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)}}
-        for key, *_ in MEASURES.values():
-            number(row, key)
-    except LOAD_ERRORS as error:
-        fail(f"{folder} is not a whole run KIND-SEED as the README lays it out ({in_a_line(error)}); make it anew, or move it away")
-    for name, of in (("stage1", stage1), ("guided", guided)):
-        if of["sampling"].get("training_steps") != gen["steps"]:
-            fail(f"{folder / name}: samples of a model of {of['sampling'].get('training_steps')} steps, not {gen['steps']}: "
-                 "remove it and run again")
-    return row
-
-
-def table(cfg: Config) -> None:
-    """fid.py table RUNS --out DIR: DIR/KIND-SEED.json, table.md, and four pictures.
-
-    RUNS may also be such a DIR: then table and pictures are made from its JSON files (samples.png needs the samples).
-    """
-    runs, out = Path(cfg.table), Path(cfg.out or cfg.table)
-    if not runs.is_dir():
-        fail(f"{runs}: no such folder")
-    folders, rows = sorted(path for path in runs.glob("*-*") if path.is_dir()), []
-    for path in folders:
-        if missing := [part for part in (*PARTS, LOSSES) if not (path / part).exists()]:
-            print(f"{path} is left out: it has no {missing[0]}")
-        else:
-            rows.append(collect(path))
-    if not folders:
-        rows = [read_json(path, "kind", "seed", "setup") for path in sorted(runs.glob("*-*.json"))]
-    if not rows:
-        fail(f"{runs} holds no finished run KIND-SEED, nor KIND-SEED.json")
-    for row in rows:
-        if row["setup"] != rows[0]["setup"]:
-            fail(f"{row['kind']}-{row['seed']} and {rows[0]['kind']}-{rows[0]['seed']} were made with other steps, "
-                 f"images or samplers: {row['setup']} and {rows[0]['setup']}")
-    out.mkdir(parents=True, exist_ok=True)
-    for row in rows if folders else ():
-        write_json(out / f"{row['kind']}-{row['seed']}.json", row)
-    kinds = by_kind(rows)
-    write_atomically(out / "table.md", markdown(kinds).encode())
-
-    def curves(name):
-        """Per kind: the mean over its seeds at each x of the dict `name`."""
-        return {kind: [(int(x), float(np.mean([row[name][x] for row in of]))) for x in of[0][name]] for kind, of in kinds.items()}
-
-    save_curves(out / "probe.png", {kind: [(100 * row["linear_probe"], row["samples"]["fd_classifier"]) for row in of]
-                                    for kind, of in kinds.items()},
-                "linear probe of the latents, %", "gFD without guidance, a point per seed", join=False)
-    save_curves(out / "mixtures.png", curves("mixture_nll_per_dimension"), "Gaussians in the mixture",
-                "held-out negative log-likelihood per dimension, mean of the seeds", log_x=True)
-    save_curves(out / "training.png", curves("fd_classifier_by_step"), "training steps of the generator",
-                "gFD without guidance, mean of the seeds")
-    firsts = {kind: path for kind, of in kinds.items()
-              if (path := runs / f"{kind}-{of[0]['seed']}/guided/samples.npz").exists()}
-    if firsts:
-        images = [load_samples(path)[0] for path in firsts.values()]
-        shown = min(10, *map(len, images))
-        save_grid(out / "samples.png", torch.cat([of[np.arange(shown)] for of in images]), shown,
-                  names=[kind for kind in firsts for _ in range(shown)])
-    print(markdown(kinds), f"wrote {out}/table.md, probe.png, mixtures.png, training.png"
-          f"{', samples.png' if firsts else ''} of {len(rows)} runs", sep="\n")
-
-
-def by_kind(rows: list[dict]) -> dict[str, list]:
-    """Rows of the same kind together, those without masks first."""
-    kinds = sorted({row["kind"] for row in rows}, key=lambda kind: (kind.startswith("mae"), kind))
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
-
-
-def markdown(kinds: dict[str, list]) -> str:
-    """The table: mean over seeds and, after ±, the standard deviation (n - 1) of each measure."""
-    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
-    for title, (key, digits, factor) in MEASURES.items():
-        cells = []
-        for rows in kinds.values():
-            values = factor * np.array([number(row, key) for row in rows])
-            spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{spread}")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, f"| seeds | {' | '.join(str(len(rows)) for rows in kinds.values())} |"]) + "\n"
+    def check(self) -> None:
+        if self.task != "score" and not (self.samples and self.out):
+            raise ValueError(f"fid.py {self.task} needs what to read, and --out")
 
 
 def arguments(argv: list[str]) -> list[str]:
-    """`stats X ...`, `table X ...` and `A B ...` as flags."""
+    """`A B`, `stats B` and `latents CKPT ...` as flags."""
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    if len(words) == 2 and words[0] in ("stats", "table"):
-        return [f"--{words[0]}", words[1], *argv[2:]]
+    flags = argv[len(words):]
+    if words[:1] in (["stats"], ["latents"]):
+        return ["--task", words[0], "--samples", ",".join(words[1:]), *flags]
     if len(words) == 2:
-        return ["--samples", words[0], "--data", words[1], *([] if "--features" in argv else ["--features", "fid"]),
-                *argv[2:]]
+        return ["--samples", words[0], "--data", words[1], "--features", "fid", *flags]
     return argv
 
 
-def main():
-    cfg, began = parse_config(Config, {}, __doc__, arguments(sys.argv[1:])), time.time()
-    if cfg.table:
-        return table(cfg)
-    run = start(cfg)
-    if cfg.stats:
-        return write_statistics(cfg, run)
-    cfg.features = cfg.features or "classifier"
-    if Path(cfg.samples).is_dir() or cfg.samples in NAMED:
-        (images, _), labels, facts = open_set(cfg.samples, cfg.size, run), None, {}
-    else:
-        images, labels, facts = load_samples(Path(cfg.samples))
-    data, size = cfg.data or facts.get("data", ""), cfg.size or images[np.arange(1)].shape[-1]
-    if not data:
-        fail(f"{cfg.samples} does not name its data set; give --data")
-    metrics, out = {"samples": {"images": len(images), "size": images[np.arange(1)].shape[-1]}}, Path(cfg.out)
-    if not cfg.out:
-        out = Path(cfg.samples).absolute().with_name("metrics.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    train = run.first(lambda: load_images(data, size, "train")) if "classifier" in cfg.features else None
-    if set(cfg.features.split(",")) - {"classifier"}:
-        reference, stored = open_set(data, size, run)
-        metrics["samples"] |= compare(cfg, run, images, reference, stored)
-        if min(len(images), metrics["samples"].get("n_reference") or 2048) < 2048 and "fid" in cfg.features:
-            run.print("fewer than 2,048 images, as many as there are features: the FID is biased upwards, strongly")
-    if train and len(train.classes) == 1:
-        run.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
-    elif train:
-        judge = Judge(train, load_images(data, size, "val"), run)
-        metrics["samples"] |= judge(images, labels)
-        metrics["validation_images"] = judge.reference
-    metrics |= {"features": cfg.features, "against": data, "sampling": facts, "precision": run.precision,
-                "commit": commit(), "seconds": round(time.time() - began)}
-    if run.main:
-        write_json(out, metrics)
-        rows = {"samples": metrics["samples"], "real validation images": metrics.get("validation_images")}
-        for name, row in rows.items():
-            if row:
-                shown = "   ".join(f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
-                run.print(f"{name:24s} N={row['images']:<6d} {shown}")
-        run.print(f"wrote {out}")
-    run.barrier()
-    return None
+def npz_array(path: Path, name: str) -> np.ndarray:
+    """An array of an npz file, memory-mapped if it is stored without compression."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        info = archive.getinfo(f"{name}.npy")
+        file.seek(info.header_offset + 26)  # in zip's own header: lengths of name and extras
+        file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
+        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if not fortran and not dtype.hasobject:
+                return np.memmap(path, dtype, "r", file.tell(), shape)
+    return np.load(path)[name]
+
+
+def open_set(name: str, size: int, dist: Dist) -> tuple:
+    """(images or None, statistics or {}, labels or None, how they were made) of a set."""
+    path = Path(name)
+    packed = (path / "meta.json").is_file()
+    if path.is_file():
+        return open_npz(path)
+    if path.is_dir() and not packed:
+        return open_folder(path), {}, None, {}
+    if not packed and not size:
+        die(f"{name}: no such file or folder; for a data set, give --size")
+    return dist.rank0_first(lambda: ImageSet(name, 0 if packed else size, "train")), {}, None, {}
+
+
+def open_folder(root: Path) -> LazyImages:
+    names = find_images(root) or die(f"{root}: no images found")
+    pool = ThreadPoolExecutor(4)
+
+    def read(index):
+        with reading(root, "a folder of images of one size (data.py makes one)"):
+            # The first file comes along, so that two batches of different sizes fail, too.
+            images = list(pool.map(lambda i: read_image(root / names[i], 0), [0, *index]))
+            return torch.from_numpy(np.stack(images)[1:]).permute(0, 3, 1, 2)
+
+    return LazyImages(len(names), read, ahead=True)
+
+
+def open_npz(path: Path) -> tuple:
+    shapes = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
+    with reading(path, "an npz file of images (arr_0) or statistics"), np.load(path) as file:
+        stats = {key: torch.from_numpy(file[key]).double() for key in shapes if key in file}
+        if any(x.shape != shapes[key] or not x.isfinite().all() for key, x in stats.items()):
+            raise ValueError(f"statistics must be finite, of shapes {shapes}")
+        if stats or "arr_0" not in file:
+            stats |= {"n": int(file["n"]) if "n" in file else 0, "mu": stats["mu"], "sigma": stats["sigma"]}
+        if "arr_0" not in file:
+            return None, stats, None, {}
+
+        pixels = npz_array(path, "arr_0")
+        labels = torch.from_numpy(file["labels"]) if "labels" in file else None
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
+            raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}, not uint8 n x S x S x 3")
+        if labels is not None and len(labels) != len(pixels):
+            raise ValueError(f"{len(labels)} labels for {len(pixels)} images")
+        meta = json.loads(str(file["meta"])) if "meta" in file else {}
+    images = LazyImages(len(pixels), lambda i: torch.from_numpy(pixels[i]).permute(0, 3, 1, 2), ahead=True)
+    return images, stats, labels, meta
+
+
+def inception_scores(cfg: Config, dist: Dist, images, reference, stats: dict) -> dict:
+    """FID, sFID, IS, precision and recall of images against reference images or statistics."""
+    net = load_inception(cfg.weights, dist, cfg.resize)
+    a = inception_statistics(net, images, dist, cfg.batch_size, keep=len(images) if reference else 0)
+    b, row = {}, {"resize": cfg.resize, "inception_score": a["inception_score"]}
+    if reference:  # 10,000 of a large set, as in ADM's reference files
+        b = inception_statistics(net, reference, dist, cfg.batch_size, keep=10_000)
+        row["precision"], row["recall"] = precision_recall(b["features"], a["features"])
+        row["n_reference_precision"] = len(b["features"])
+    b |= stats  # they are of the whole set, its images may be a few
+    row["n_reference"] = b["n"] or None
+    for name, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        if mean in b:
+            row[name] = frechet_distance(a[mean], a[cov], b[mean], b[cov])
+    if min(len(images), b["n"] or 2048) < 2048:
+        dist.print("fewer than 2,048 images, as many as features: the FID is far too high")
+    return row
+
+
+def score(cfg: Config, dist: Dist) -> None:
+    """Samples against a data set -> metrics.json."""
+    start = time.time()
+    images, stats, labels, meta = open_set(cfg.samples, cfg.size, dist)
+    if stats:
+        die(f"{cfg.samples} holds statistics: give it second, as B")
+    size = cfg.size or images[np.arange(1)].shape[-1]
+    data = cfg.data or meta.get("data") or die(f"{cfg.samples} does not name its data set: give --data")
+    rows = {"samples": {"images": len(images), "size": size}}
+    if cfg.features != "classifier":
+        reference, stats, _, _ = open_set(data, size, dist)
+        rows["samples"] |= inception_scores(cfg, dist, images, reference, stats)
+    if cfg.features != "fid":
+        train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])
+        if len(train.classes) > 1:
+            judge = ClassifierFD(train, val, dist)
+            rows["samples"] |= judge.score(images, labels)[0]
+            rows["validation_images"] = judge.reference
+        else:
+            dist.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
+
+    out = Path(cfg.out) if cfg.out else Path(cfg.samples).absolute().with_name("metrics.json")
+    dist.make_out_dir(out.parent)
+    dist.save(out, rows | {"features": cfg.features, "against": data, "sampling": meta,
+                           "precision": dist.precision, "seconds": round(time.time() - start)})
+    for name, row in rows.items():
+        dist.print(name, *(f"{key} {value:.6g}" for key, value in row.items() if isinstance(value, (int, float))))
+    dist.print(f"wrote {out}")
+
+
+def write_statistics(cfg: Config, dist: Dist) -> None:
+    """mu, sigma, mu_s, sigma_s of all images of a set, and up to 10,000 of the images -> npz."""
+    images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
+    stats = inception_statistics(load_inception(cfg.weights, dist, cfg.resize), images, dist, cfg.batch_size)
+    dist.make_out_dir(Path(cfg.out).parent)
+    if dist.is_main:
+        index = np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int)
+        pixels = images[index].permute(0, 2, 3, 1).numpy()
+        arrays = {key: stats[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
+        with writing(cfg.out) as file:
+            np.savez(file, arr_0=pixels, **arrays)
+    dist.print(f"wrote {cfg.out}: statistics of {len(images)} images ({cfg.resize}, {dist.precision})")
+
+
+def compare_latents(cfg: Config, dist: Dist) -> None:
+    """Probe and mixtures (App. B.3) of tokenizers, all in the same number of dimensions -> analysis.json."""
+    from tokenizer import encode_dataset, load_tokenizer  # here, as tokenizer.py imports this file
+
+    dist, rows, latents = dist.alone(), {}, {}
+    for path in cfg.samples.split(","):
+        model, trained = load_tokenizer(path, dist.device)
+        train, val = (ImageSet(trained.data, trained.size, split) for split in ("train", "val"))
+        (z, y), (v, u) = (encode_dataset(model, images, dist, most=20_000) for images in (train, val))
+        latents[path] = z.flatten(1), v.flatten(1)
+        dims = int((principal_components(z.flatten(1))[2] < 0.9).sum()) + 1
+        rows[path] = {"latents": list(z.shape[1:]), "data": trained.data, "steps": trained.steps,
+                      "seed": trained.seed, "dimensions_for_90_percent": dims}
+        if len(train.classes) > 1:
+            rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))
+
+    dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
+    dims = min(dims, *(z.shape[1] for z, _ in latents.values()))
+    for path, (z, v) in latents.items():
+        z, v = z.to(dist.device), v.to(dist.device)
+        rows[path]["mixture_nll_per_dimension"] = gmm_nll_curve(z, v, dims)
+        dist.print(path, *(f"{key} {value}" for key, value in rows[path].items()))
+    out = dist.make_out_dir(cfg.out) / "analysis.json"
+    dist.save(out, {"dimensions": dims, "rows": rows})
+    dist.print(f"wrote {out}")
+
+
+def main(cfg: Config, dist: Dist) -> None:
+    {"score": score, "stats": write_statistics, "latents": compare_latents}[cfg.task](cfg, dist)
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, Config, {}, __doc__, arguments(sys.argv[1:]))

@@ -1,206 +1,151 @@
 """Images from a trained pair of tokenizer and diffusion model.
 
-    torchrun sample.py                                   # -> out/samples/samples.npz, grid.png
-    torchrun --nproc_per_node=8 sample.py --images 50000 # shared out; killed and started again, it goes on
+    torchrun sample.py                                          # -> out/samples/samples.npz, grid.png
+    torchrun --nproc_per_node=8 sample.py --num-samples 50000   # shared out; a run that was killed goes on
 
-Image number i is a function of the weights, the settings and (seed, i), whatever the number of processes.
+Sample i depends only on weights, settings and (seed, i), not on batch size or process count.
 """
 import dataclasses
 import json
 import shutil
-import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from data import (
-    Chunks,
-    Common,
-    Run,
-    bench_facts,
-    clock,
-    commit,
-    fail,
-    launch,
-    load_checkpoint,
-    parse_config,
-    read_json,
-    save_grid,
-    setting,
-    start,
-    write_json,
-)
-from diffusion import (
-    Sampling,
-    fingerprint,
-    forward_flops,
-    generate,
-    latent_decoder,
-    load_diffusion,
-    load_official,
-)
-from tokenizer import forward_flops as tokenizer_flops
+from data import Dist, Shards, die, launch, make_shards, option, save_grid, writing
+from diffusion import SamplerConfig, fingerprint, generate, latent_decoder, load_diffusion, load_official
 from tokenizer import load_tokenizer
 
 
-@dataclass
-class Config(Common):
-    model: str = setting("out/diffusion/ckpt.pt", "checkpoint of diffusion.py")
-    from_official: str = setting("", "a released SiT (folder or file) in place of --model; needs --tokenizer")
-    tokenizer: str = setting("", "checkpoint of tokenizer.py; empty: the one the model was trained on")
-    guide: str = setting("", "autoguidance: an earlier or smaller checkpoint of diffusion.py instead of the null class")
-    path: str = setting("", "interpolation of the SDE sampler; empty: as trained; for released models cosine, which "
-                        "their demos use, though nothing published says what they were trained on",
-                        ("linear", "cosine"))
-    out: str = setting("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
-    n: int = setting(2000, "number of images (torchrun takes --n for its own: say --images there)",
-                     alias=("--images",), least=1)
-    labels: str = setting("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
-    sampler: str = setting("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
-                           ("euler", "heun", "sde"))
-    steps: int = setting(10, "steps of the sampler", least=1)
-    guidance: float = setting(2.0, "scale of classifier-free guidance; 1: none", least=1)
-    guidance_low: float = setting(0.0, "guidance acts where guidance_low <= t")
-    guidance_high: float = setting(0.75, "... and t <= guidance_high; t = 1 is noise")
-    batch_size: int = setting(250, "images a process makes at a time", least=1)
-    png: bool = setting(False, "write the images as png/000000.png ..., too")
-    bench: int = setting(0, "measure so many batches, write bench.json and stop")
+@dataclass(frozen=True)
+class Config:
+    model: str = option("out/diffusion/ckpt.pt", "checkpoint of diffusion.py, or a released SiT (folder, .safetensors)")
+    tokenizer: str = option("", "checkpoint of tokenizer.py; empty: the one that the model was trained on")
+    guide: str = option("", "autoguidance: an earlier or smaller checkpoint of diffusion.py in place of the null class")
+    path: str = ""  # interpolation of the SDE sampler; empty: as trained
+    out: str = option("out/samples", "folder for samples.npz (arr_0 uint8 n x S x S x 3, labels) and grid.png")
+    num_samples: int = option(2000, "number of images", least=1)
+    labels: str = option("balanced", "balanced (i mod K), random, or class names or numbers separated by commas")
+    sampler: str = option("heun", "euler, heun (two network calls a step), or sde (Euler-Maruyama)",
+                          ("euler", "heun", "sde"))
+    steps: int = option(10, "steps of the sampler", least=1)
+    guidance: float = option(2.0, "scale of classifier-free guidance; 1: none", least=1)
+    guidance_low: float = option(0.0, "guidance acts where guidance_low <= t")
+    guidance_high: float = option(0.75, "... and t <= guidance_high; t = 1 is noise")
+    batch_size: int = option(250, "images that a process makes at a time", least=1)
+    png: bool = option(False, "write the images as png/000000.png ..., too")
+    seed: int = option(0, "seed of the noise and of random labels")
+    compile: bool = torch.cuda.is_available()
+    precision: str = option("auto", "of matrix products: auto is bf16 where the hardware multiplies it",
+                            ("auto", "fp32", "bf16"))
 
-    def check(self):
+    def check(self) -> None:
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("0 <= --guidance-low <= --guidance-high <= 1 is needed")
-        if self.from_official and not self.tokenizer:
-            raise ValueError("--from-official needs --tokenizer: what tokenizer.py --from-official wrote")
 
 
-PAPER = {"sampler": "sde", "steps": 250, "n": 50_000, "guidance": 1.9, "guidance_high": 0.75}        # Table 8
+PAPER = {"sampler": "sde", "steps": 250, "num_samples": 50_000, "guidance": 1.9, "guidance_high": 0.75}      # Table 8
 PRESETS = {"quick": {}, "paper256": PAPER, "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7}}
 
 
-def choose_labels(rule: str, n: int, classes: list[str], seed: int) -> np.ndarray:
+def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int) -> np.ndarray:
     """The class of each of n images."""
     if rule == "balanced":
         return np.arange(n) % len(classes)
     if rule == "random":
-        return np.random.default_rng([seed, 8]).integers(0, len(classes), n)
-    chosen = []
-    for word in rule.split(","):
-        if word in classes:
-            chosen.append(classes.index(word))
-        elif word.isdecimal() and int(word) < len(classes):
-            chosen.append(int(word))
-        else:
-            fail(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
-    return np.array(chosen)[np.arange(n) % len(chosen)]
+        return dist.rng(seed, "labels").integers(0, len(classes), n)
+
+    number_of = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    words = rule.split(",")
+    for word in words:
+        if word not in number_of:
+            die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
+    return np.array([number_of[word] for word in words])[np.arange(n) % len(words)]
 
 
-def main():
-    cfg, began = parse_config(Config, PRESETS, __doc__), time.time()
-    if cfg.from_official and "--preset" not in " ".join(sys.argv):   # then the paper's settings for its size
-        size = load_checkpoint(cfg.tokenizer, "tokenizer")["config"]["size"]
-        preset = "paper512" if size == 512 else "paper256"
-        cfg = parse_config(Config, PRESETS, __doc__, [*sys.argv[1:], "--preset", preset])
-    if cfg.bench:
-        cfg.n = cfg.batch_size * (cfg.bench + 2)
-    run = start(cfg)
-    name, guide = cfg.from_official or cfg.model, None
-    if cfg.from_official:
-        model, trained, state = load_official(cfg.from_official, cfg.tokenizer, run.device)
+def save_npz(path: Path, images: Shards, **arrays: np.ndarray) -> None:
+    """An npz as numpy writes it, uncompressed. arr_0 goes shard by shard, so memory does not grow with it."""
+    with writing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for shard in images.arrays:
+                member.write(np.ascontiguousarray(shard))
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, array)
+
+
+def main(cfg: Config, dist: Dist) -> None:
+    began = time.time()
+
+    # The model, its tokenizer, and the guide
+    if Path(cfg.model).is_dir() or cfg.model.endswith(".safetensors"):
+        if not cfg.tokenizer:
+            die("a released SiT needs --tokenizer: what tokenizer.py --from-official wrote")
+        model, trained, meta = load_official(cfg.model, cfg.tokenizer, dist.device)
     else:
-        model, trained, state = load_diffusion(cfg.model, run.device)
-    path = cfg.path or trained.path
-    tokenizer, tok = load_tokenizer(cfg.tokenizer or trained.tokenizer, run.device)
-    if fingerprint(tokenizer.state_dict()) != state["tokenizer_weights"]:
-        fail(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {name} was trained on")
+        model, trained, meta = load_diffusion(cfg.model, dist.device)
+    tokenizer, _ = load_tokenizer(cfg.tokenizer or trained.tokenizer, dist.device)
+    if fingerprint(tokenizer.state_dict()) != meta["tokenizer_weights"]:
+        die(f"{cfg.tokenizer or trained.tokenizer} is not the tokenizer that {cfg.model} was trained on")
+
+    guide = None
     if cfg.guide:
-        guide, guide_cfg, other = load_diffusion(cfg.guide, run.device)
-        same = {fact: other[fact] == state[fact] for fact in ("tokenizer_weights", "classes")}
-        same |= {fact: np.allclose(other[fact], state[fact], rtol=1e-2, atol=1e-2) for fact in ("mean", "std")}
-        for fact, ok in (same | {"path": guide_cfg.path == trained.path}).items():
-            if not ok:
-                fail(f"--guide {cfg.guide} cannot guide {name}: it was trained with another {fact.replace('_', ' ')}")
+        guide, guide_cfg, guide_meta = load_diffusion(cfg.guide, dist.device)
+        same = {name: guide_meta[name] == meta[name] for name in ("tokenizer_weights", "classes")}
+        same |= {name: np.allclose(guide_meta[name], meta[name], rtol=1e-2, atol=1e-2) for name in ("mean", "std")}
+        same["path"] = guide_cfg.path == trained.path
+        if not all(same.values()):
+            other = min(same, key=same.get).replace("_", " ")
+            die(f"--guide {cfg.guide} cannot guide {cfg.model}: it was trained with another {other}")
     elif cfg.guidance > 1 and not trained.label_dropout:
-        fail(f"{name} was trained without dropped labels and has no null class: give --guidance 1, or --guide")
-    for net in (model, guide) if cfg.compile else ():
-        net is None or net.compile(fullgraph=True, dynamic=False)        # guided or not, last batch or not: 4 shapes
-    mean, std = (torch.tensor(state[name], device=run.device) for name in ("mean", "std"))
-    decode, classes = latent_decoder(tokenizer, mean, std), state["classes"]
-    labels = choose_labels(cfg.labels, cfg.n, classes, cfg.seed)
-    guidance = cfg.guidance if len(classes) > 1 or guide else 1.0    # without classes there is nothing to guide to
-    how = Sampling(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
-    facts = dataclasses.asdict(how) | {
-        "n": cfg.n, "labels": cfg.labels, "path": path, "data": state["data"], "size": state["size"],
-        "training_steps": state["step"], "weights": fingerprint(model.state_dict(), ""),
-        "guide": fingerprint(guide.state_dict(), "") if guide else "",
-        "tokenizer_weights": fingerprint(tokenizer.state_dict(), ""), "precision": run.precision,
-        "batch_size": cfg.batch_size}
-    def make(i, j):
-        return generate(model, decode, range(i, j), torch.from_numpy(labels[i:j]), how, path, run, guide)
+        die(f"{cfg.model} was trained without dropped labels and has no null class: give --guidance 1, or --guide")
+    for net in filter(None, (model, guide)) if cfg.compile else ():
+        net.compile(fullgraph=True, dynamic=False)  # guided or not, last batch or not: 4 shapes
 
-    out = run.claim(cfg.out)
-    if cfg.bench:
-        first, second = (forward_flops(*net.shape, net.x_embedder.out_features, len(net.blocks),
-                                       "lightning" if net.rope else "sit") for net in (model, guide or model))
-        flops = how.calls() * first + (how.evaluations() - how.calls()) * second + tokenizer_flops(tok)[1]
-        return benchmark(cfg, run, make, flops, facts)
-    images = sample_all(cfg, run, out / "parts", facts, make)
-    if run.main:
-        part = out / "samples.part.npz"
-        facts["commit"] = commit()
-        np.savez(part, arr_0=images, labels=labels, classes=np.array(classes), facts=np.array(json.dumps(facts)))
-        part.replace(out / "samples.npz")
+    # How to sample. The hash of this is in the names of the shards
+    classes, path = meta["classes"], cfg.path or trained.path
+    labels = choose_labels(cfg.labels, cfg.num_samples, classes, dist, cfg.seed)
+    guidance = cfg.guidance if len(classes) > 1 or guide else 1.0
+    sampling = SamplerConfig(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed)
+    mean, std = (torch.tensor(meta[name], device=dist.device) for name in ("mean", "std"))
+    decode = latent_decoder(tokenizer, mean, std, dist)
+    made_of = dataclasses.asdict(sampling) | {
+        "n": cfg.num_samples, "labels": cfg.labels, "path": path, "data": meta["data"], "size": meta["size"],
+        "training_steps": meta["step"], "precision": dist.precision, "batch_size": cfg.batch_size}
+    made_of |= {name: fingerprint(net.state_dict(), ("",)) if net else "" for name, net in
+                (("weights", model), ("guide", guide), ("tokenizer_weights", tokenizer))}
+
+    def make(start: int, stop: int) -> np.ndarray:
+        y = torch.from_numpy(labels[start:stop])
+        return generate(model, decode, range(start, stop), y, sampling, path, dist, guide).permute(0, 2, 3, 1).numpy()
+
+    out = dist.make_out_dir(cfg.out)
+    images = make_shards(out / "parts", cfg.num_samples, cfg.batch_size, make, made_of, dist, "sampling")
+    if dist.is_main:
+        save_npz(out / "samples.npz", images, labels=labels, classes=np.array(classes), meta=np.array(json.dumps(made_of)))
         if cfg.png:
-            for folder in ("png", "png.part"):           # none of an earlier, larger run may stay
-                shutil.rmtree(out / folder, ignore_errors=True)
-            (out / "png.part").mkdir()
-            for i, image in enumerate(images):
-                Image.fromarray(np.asarray(image)).save(out / f"png.part/{i:06d}.png")
-            (out / "png.part").rename(out / "png")
-        shown = min(cfg.n, 80)
-        columns = min(10, len(classes) if len(classes) > 1 else 8)
-        save_grid(out / "grid.png", torch.from_numpy(np.array(images[:shown])).permute(0, 3, 1, 2), columns,
-                  names=[classes[c] for c in labels[:shown]] if len(classes) > 1 else [])
-        (out / "parts/belongs.json").unlink()            # first what makes the parts count
+            shutil.rmtree(out / "png", ignore_errors=True)
+            (out / "png").mkdir()
+            for i in range(cfg.num_samples):
+                Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
+        first = np.arange(min(cfg.num_samples, 80))
+        columns = min(10, len(classes)) if len(classes) > 1 else 8
+        names = tuple(classes[c] for c in labels[first]) if len(classes) > 1 else ()
+        save_grid(out / "grid.png", torch.from_numpy(images[first]).permute(0, 3, 1, 2), columns, names=names)
         shutil.rmtree(out / "parts")
-        run.print(f"{cfg.n} images of {name} ({cfg.sampler}, {how.calls()} network calls, guidance {guidance:g} on "
-                  f"[{cfg.guidance_low:g}, {cfg.guidance_high:g}], {cfg.labels} labels, {run.precision})")
-        run.print(f"wrote {out}/samples.npz, grid.png in {time.time() - began:.0f} s")
-    run.barrier()
-
-
-def benchmark(cfg: Config, run: Run, make, flops: float, facts: dict) -> None:
-    """--bench: images/s, and the share of what the device can do, of whole batches, the decoding with them."""
-    seconds, b = [], cfg.batch_size
-    for k in tqdm(range(cfg.bench + 2), unit=" batches", disable=None if run.main else True):
-        began = clock(run)
-        make(k * b, (k + 1) * b)
-        seconds.append(clock(run) - began)
-    rate = b * run.world / float(np.median(seconds[2:]))               # two batches warm up
-    found = bench_facts(cfg, run, rate, flops) | {"batches": cfg.bench, "gflop_per_image": flops / 1e9, "sampling": facts}
-    if run.main:
-        write_json(Path(cfg.out) / "bench.json", found)
-
-
-def sample_all(cfg: Config, run: Run, folder: Path, facts: dict, make) -> np.ndarray:
-    """All images as one memory-mapped uint8 n x S x S x 3, written in blocks and continued where it was cut."""
-    belongs = folder / "belongs.json"
-    if run.main and (cfg.fresh or not belongs.exists() or read_json(belongs) != facts):
-        belongs.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)        # nothing yet, or of other settings or weights
-        folder.mkdir(parents=True)
-        write_json(belongs, facts)
-    run.barrier()
-    shape = (cfg.n, facts["size"], facts["size"], 3)
-    chunks = Chunks(folder / "images.npy", shape, np.uint8, cfg.batch_size, run, "sampling")
-    for i, j in chunks:
-        chunks.write(i, make(i, j).permute(0, 2, 3, 1).numpy())
-    return chunks.array
+    dist.print(f"{cfg.num_samples} images of {cfg.model} ({cfg.sampler}, {sampling.nfe()} network calls, or "
+               f"{sampling.nfe_with_guidance()} if a guided one counts twice; guidance {guidance:g} on "
+               f"[{cfg.guidance_low:g}, {cfg.guidance_high:g}], {cfg.labels} labels, {dist.precision})")
+    dist.print(f"wrote {out}/samples.npz, grid.png in {time.time() - began:.0f} s")
+    dist.barrier()
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, Config, PRESETS, __doc__)
