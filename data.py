@@ -17,16 +17,17 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import http.client
 import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
 import time
 import typing
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -465,20 +466,24 @@ IMAGENETTE_SHA256 = "569b4497c98db6dd29f335d1f109cf315fe127053cedf69010d047f0188
 
 
 def download(url: str, path: Path, sha256: str, hint: str = "") -> Path:
-    """Fetch url to path unless it is there. The file takes its name after its hash (a prefix) matches."""
-    part, timeout = Path(f"{path}.{os.getpid()}.part"), socket.getdefaulttimeout()
+    """Fetch url to path unless it is there. The file takes its name when its length and hash (a prefix) are right."""
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
-        socket.setdefaulttimeout(60)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(part), sha256 or None)
+            with urllib.request.urlopen(url, timeout=60) as answer, open(part, "wb") as file:
+                total = int(answer.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(answer, "read", total=total, desc=f"getting {path.name}", disable=None) as body:
+                    shutil.copyfileobj(body, file)
+            if total and part.stat().st_size != total:
+                raise OSError(f"{part.stat().st_size} of {total} bytes came")
+            if sha256 and not hashlib.sha256(part.read_bytes()).hexdigest().startswith(sha256):
+                raise OSError(f"invalid hash, not {sha256}")
             os.replace(part, path)
-    except Exception as error:  # noqa: BLE001  of the network, of http, of the hash
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if part.exists():
             part.unlink()
         die(f"cannot get {path.name} from {url}: {one_line(error)}. Put the file at {path}{hint}", error)
-    finally:
-        socket.setdefaulttimeout(timeout)
     return path
 
 
