@@ -49,7 +49,7 @@ from tokenizer import Attention, Mlp, Tokenizer, decode_images, encode_images, l
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """B -> B x width: cos and sin of t in [0, 1], unscaled, at width/2 frequencies from 1 down to 1/10000."""
     freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t.float()[:, None] * freqs
+    angles = t.float()[:, None] * freqs                     # B x width/2
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
@@ -72,7 +72,7 @@ class SwiGlu(nn.Module):
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
-        gate, value = self.w12(x).chunk(2, -1)
+        gate, value = self.w12(x).chunk(2, -1)              # B x L x 8D/3 each
         return self.w3(F.silu(gate) * value)
 
 
@@ -91,7 +91,7 @@ class SiTBlock(nn.Module):
         norm_qk = nn.Identity
         if qk_norm or style == "lightning":
             norm_qk = norm if style == "lightning" else nn.LayerNorm
-        self.norm1, self.norm2 = norm(width), norm(width)
+        self.norm1, self.norm2 = norm(width), norm(width)   # their shift and scale come from c
         self.attn = Attention(width, heads, norm_qk)
         self.mlp = SwiGlu(width) if style == "lightning" else Mlp(width, "tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -110,8 +110,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)                 # B x D
+        return self.linear(modulate(self.norm(x), shift, scale))            # B x L x H
 
 
 class TimeEmbedder(nn.Module):
@@ -120,7 +120,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        return self.mlp(sinusoid(t, 256))
+        return self.mlp(sinusoid(t, 256))                   # B x D
 
 
 class LabelEmbedder(nn.Module):
@@ -129,7 +129,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(classes + 1, width)  # the last row is the null class
 
     def forward(self, y):
-        return self.embedding_table(y)
+        return self.embedding_table(y)                      # B x D
 
 
 class SiT(nn.Module):
@@ -149,8 +149,8 @@ class SiT(nn.Module):
             self.register_buffer("cos", angles.cos(), persistent=False)
             self.register_buffer("sin", angles.sin(), persistent=False)
         else:
-            self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)
-        self.x_embedder = nn.Linear(channels, width)
+            self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)  # 1 x L x D, fixed
+        self.x_embedder = nn.Linear(channels, width)        # a token is a patch of size 1
         self.t_embedder, self.y_embedder = TimeEmbedder(width), LabelEmbedder(classes, width)
         self.blocks = nn.ModuleList(SiTBlock(width, heads, qk_norm, style) for _ in range(depth))
         self.final_layer = FinalLayer(width, channels, style)
@@ -169,10 +169,10 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)         # B x D
         x = self.x_embedder(x)                              # B x L x D
         if not self.rope:
-            x = x + self.pos_embed
+            x = x + self.pos_embed                          # B x L x D
         rope = (self.cos, self.sin) if self.rope else None
         for block in self.blocks:
-            x = block(x, c, rope)
+            x = block(x, c, rope)                           # B x L x D
         return self.final_layer(x, c).float()               # B x L x H
 
 
@@ -189,7 +189,7 @@ class Interpolant:
 
 def cosine_coefficients(t):
     half_pi, t = math.pi / 2, torch.as_tensor(t)
-    alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)
+    alpha, sigma = torch.cos(half_pi * t), torch.sin(half_pi * t)           # alpha^2 + sigma^2 = 1
     return alpha, sigma, -half_pi * sigma, half_pi * alpha
 
 
@@ -216,8 +216,8 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tens
     """
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in PATHS[path].coefficients(t))
     velocity = model(alpha * x + sigma * noise, t, y)       # B x L x H
-    target = d_alpha * x + d_sigma * noise
-    loss = (velocity - target).square().mean((1, 2))
+    target = d_alpha * x + d_sigma * noise                  # B x L x H: the derivative of x_t
+    loss = (velocity - target).square().mean((1, 2))        # B
     if cosine:
         loss = loss + cosine * (1 - F.cosine_similarity(velocity, target, dim=-1)).mean(1)
     return loss
@@ -235,7 +235,7 @@ def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high
     interval, and for scale <= 1, only the class branch is computed. The gate is the time at the start of a step also for
     Heun's second evaluation, as in the official sampler.
     """
-    null = torch.full_like(y, model.null_class)
+    null = torch.full_like(y, model.null_class)             # B
 
     def velocity(x, t, gate=None):
         x, times = x.float(), y.new_full((len(x),), t, dtype=torch.float32)
@@ -253,12 +253,12 @@ def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high
 
 def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False) -> Tensor:
     """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with an Euler step at the end."""
-    x = noise.double()
+    x = noise.double()                                      # t = 1: nothing but noise
     for t, t_next in itertools.pairwise(np.linspace(1, 0, steps + 1)):
-        v = velocity(x, t)
+        v = velocity(x, t)                                  # points from data to noise
         if heun and t_next > 0:
-            v = (v + velocity(x + (t_next - t) * v, t_next, gate=t)) / 2
-        x = x + (t_next - t) * v
+            v = (v + velocity(x + (t_next - t) * v, t_next, gate=t)) / 2    # mean of the slopes at both ends
+        x = x + (t_next - t) * v                            # t falls, so the step is against v
     return x
 
 
@@ -267,16 +267,16 @@ def sample_sde(velocity: Callable, noise: Tensor, steps: int, path: str, draw: C
 
     The score follows from the velocity, so guidance acts on the whole drift. draw(): N(0, 1) like x.
     """
-    x = noise.double()
+    x = noise.double()                                      # t = 1: nothing but noise
     for t, t_next in itertools.pairwise([*np.linspace(1, 0.04, steps), 0.0]):
-        dt = t_next - t
+        dt = t_next - t                                     # negative
         v = velocity(x, t)
         alpha, sigma, d_alpha, d_sigma = (float(c) for c in PATHS[path].coefficients(t))
         ratio = alpha / d_alpha
-        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)
-        x = x + (v - t * score) * dt
+        score = (ratio * v - x) / (sigma**2 - ratio * d_sigma * sigma)      # gradient of log p_t(x)
+        x = x + (v - t * score) * dt                        # drift; g^2 / 2 = t
         if t_next > 0:
-            x = x + math.sqrt(2 * t * -dt) * draw().double()
+            x = x + math.sqrt(2 * t * -dt) * draw().double()                # noise of variance g^2 |dt|
     return x
 
 
@@ -311,7 +311,7 @@ class SamplerConfig:
         if self.sampler == "sde":
             times = np.linspace(1, 0.04, self.steps)
         calls = np.full(self.steps, 2 if self.sampler == "heun" else 1)
-        calls[-1] = 1
+        calls[-1] = 1                                       # the last step of Heun is an Euler step
         guided = (self.guidance > 1) & (self.low <= times) & (times <= self.high)
         return int((calls * (1 + guided)).sum())
 
@@ -320,7 +320,7 @@ class SamplerConfig:
 def generate(model: SiT, decode: Callable, index: Sequence[int], y: Tensor, sampling: SamplerConfig, path: str,
              dist: Dist, guide: SiT | None = None) -> Tensor:
     """Samples number `index` of classes y as uint8 B x 3 x S x S on the CPU. decode: normalised latents -> uint8."""
-    draw = ImageNoise(index, sampling.seed, model.shape, dist)
+    draw = ImageNoise(index, sampling.seed, model.shape, dist)              # also the noise of the SDE's steps
     with dist.autocast():
         velocity = guided_velocity(model, y.to(dist.device), sampling.guidance, sampling.low, sampling.high, guide)
         if sampling.sampler == "sde":
@@ -466,7 +466,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
     start = restore(state, model, ema, optimizers) if state else 0
 
-    net = dist.wrap(model, cfg.compile)
+    net = dist.wrap(model, cfg.compile)                     # DDP: averages gradients over processes
     loader, mine = Loader(latents, cfg.batch_size, cfg.seed, dist), dist.local_slice(cfg.batch_size)
     log = Log(cfg, dist, "diffusion", start, cfg.steps, loader)
     example = torch.zeros(1, *meta["shape"]), torch.zeros(1), torch.zeros(1, dtype=torch.long)
@@ -481,21 +481,21 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         t = sample_timesteps(cfg.batch_size, cfg.time, cfg.path, generator)[mine]
         drop = torch.rand(cfg.batch_size, generator=generator, device=x.device)[mine] < cfg.label_dropout
         noise = torch.randn(cfg.batch_size, *x.shape[1:], generator=generator, device=x.device)[mine]
-        y = torch.where(drop, model.null_class, y)
+        y = torch.where(drop, model.null_class, y)          # teaches the null branch of guidance
 
         losses = []
         for micro in dist.micro_batches(net, len(x), cfg.micro_batch):
             with dist.autocast():
                 loss = velocity_loss(net, x[micro], noise[micro], t[micro], y[micro], cfg.path, cfg.cosine_loss)
-            (loss.sum() / len(x)).backward()
-            losses.append(loss.detach())
+            (loss.sum() / len(x)).backward()                # mean over this process's rows
+            losses.append(loss.detach())                    # B values over all pieces
 
         lr_scale = set_lr(optimizers, step, cfg.steps, cfg)
         grad_norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        ema.update(step)
+        ema.update(step)                                    # samples come from the average
 
         # The loss, and the loss in each quarter of [0, 1]: flow matching is hard in the middle
         loss = torch.cat(losses)

@@ -101,7 +101,7 @@ class ModelConfig:
 def patchify(x: Tensor, patch: int) -> Tensor:
     """B x C x S x S -> B x N x (P*P*C): patches row by row; inside one: row, column, channel."""
     b, c, s, _ = x.shape
-    x = x.view(b, c, s // patch, patch, s // patch, patch)
+    x = x.view(b, c, s // patch, patch, s // patch, patch)                  # B x C x rows x P x columns x P
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
 
 
@@ -109,15 +109,15 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of patchify: B x N x (P*P*C) -> B x C x S x S."""
     b, n, f = x.shape
     g, c = math.isqrt(n), f // patch**2
-    x = x.view(b, g, g, patch, patch, c)
+    x = x.view(b, g, g, patch, patch, c)                    # B x rows x columns x P x P x C
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, g * patch, g * patch)
 
 
 def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> Tensor:
     """RoPE frequencies along x and y, 2 x depth x heads*d/2. Each head has its own random orientation (RoPE-Mixed)."""
     d = width // heads
-    magnitude = theta ** (-torch.arange(0, d, 4).float() / d)
-    angle = 2 * math.pi * torch.rand(depth, heads, 1)
+    magnitude = theta ** (-torch.arange(0, d, 4).float() / d)               # d/4: from 1 down to about 1/theta
+    angle = 2 * math.pi * torch.rand(depth, heads, 1)       # orientation of the head
     fx = torch.cat([magnitude * angle.cos(), magnitude * (angle + math.pi / 2).cos()], -1)
     fy = torch.cat([magnitude * angle.sin(), magnitude * (angle + math.pi / 2).sin()], -1)
     return torch.stack([fx, fy]).flatten(2)
@@ -132,15 +132,15 @@ def rope_tables(freqs: Tensor, heads: int, grid: tuple[int, int], n_prefix: int,
     x, y = (n % grid[1]).float()[:, None], (n // grid[1]).float()[:, None]
     fx, fy = freqs.float().unflatten(-1, (heads, -1)).unsqueeze(-2)  # depth x heads x 1 x d/2
     angles = F.pad(x * fx + y * fy, (0, 0, n_prefix, n_latent))             # depth x heads x T x d/2
-    return angles.cos(), angles.sin()
+    return angles.cos(), angles.sin()                       # cos 1, sin 0 for tokens without a place
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of channels (2i, 2i+1) by its angle: x is B x heads x T x d, tables heads x T x d/2; fp32 out."""
-    pairs = x.float().unflatten(-1, (-1, 2))
+    pairs = x.float().unflatten(-1, (-1, 2))                # B x heads x T x d/2 x 2
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # half the time of the lines below
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
-    even, odd = pairs.unbind(-1)
+    even, odd = pairs.unbind(-1)                            # B x heads x T x d/2
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
@@ -157,11 +157,11 @@ class Attention(nn.Module):
     def forward(self, x, rope=None):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                # B x T x 3 x heads x d
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # B x heads x T x d
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)               # the identity in the tokenizer
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
 
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)                 # rotate returns fp32
         if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # half the time of torch's fused one
             scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)     # B x heads x T x T
             out = scores.softmax(-1) @ v
@@ -178,7 +178,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))              # B x T x D
 
 
 class Block(nn.Module):
@@ -199,7 +199,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope=None, z=None):
         if z is None:
-            x = x + self.attn(self.norm1(x), rope)
+            x = x + self.attn(self.norm1(x), rope)          # B x T x D
             return x + self.mlp(self.norm2(x))
 
         shift1, scale1, shift2, scale2 = self.modulation(z).chunk(4, -1)    # B x L x D
@@ -209,7 +209,7 @@ class Block(nn.Module):
 
 def modulate_tail(x, scale, shift):
     rest, tail = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], 1)
-    return torch.cat([rest, tail * scale + shift], 1)
+    return torch.cat([rest, tail * scale + shift], 1)       # the tail: the L latent tokens
 
 
 def learned_tokens(*shape: int) -> nn.Parameter:
@@ -224,7 +224,7 @@ def run_blocks(net, x, n_prefix, n_latent, z=None):
         ropes = zip(cos.unbind(), sin.unbind())
 
     for block, rope in zip(net.blocks, ropes):
-        x = block(x, rope, z)
+        x = block(x, rope, z)                               # B x T x D
     return net.norm(x)
 
 
@@ -235,7 +235,7 @@ class Encoder(nn.Module):
         super().__init__()
         d, n = cfg.width, cfg.tokens()[0]
         self.patch, self.grid, self.heads, self.latents = cfg.patch, cfg.size // cfg.patch, cfg.heads, cfg.latents
-        self.patch_embed = nn.Linear(3 * cfg.patch**2, d)
+        self.patch_embed = nn.Linear(3 * cfg.patch**2, d)   # a convolution of stride P
         self.mask_token, self.class_token = learned_tokens(1, d), learned_tokens(1, d)
         self.pos_embed = learned_tokens(1 + n, d)  # the released model adds it beside RoPE
         if cfg.latents:
@@ -255,10 +255,10 @@ class Encoder(nn.Module):
         x = torch.cat([self.class_token.expand(b, -1, -1), x], 1)           # B x (1+N) x D
         x = x + self.pos_embed
         if self.latents:
-            z = (self.latent_tokens + self.latent_pos_embed).expand(b, -1, -1)
+            z = (self.latent_tokens + self.latent_pos_embed).expand(b, -1, -1)  # B x L x D
             x = torch.cat([x, z], 1)                                        # B x (1+N+L) x D
 
-        x = run_blocks(self, x, 1, self.latents)
+        x = run_blocks(self, x, 1, self.latents)            # B x (1+N+L) x D
         return x[:, -(self.latents or n):]                                  # B x L x D
 
 
@@ -297,7 +297,7 @@ class Decoder(nn.Module):
         if self.latents:
             x = torch.cat([x, self.from_latent(h) + self.latent_pos_embed], 1)      # B x (N+L) x D
         x = run_blocks(self, x, n_prefix, self.latents, h if self.modulated else None)
-        return x[:, n_prefix:n_prefix + n]
+        return x[:, n_prefix:n_prefix + n]                  # B x N x D
 
     def forward(self, h):
         return self.head(self.features(h))                                  # B x N x out
@@ -312,7 +312,7 @@ class LinearDecoder(nn.Module):
         self.mix, self.head = nn.Linear(n_latent, n), nn.Linear(cfg.channels, out)
 
     def forward(self, h):
-        return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))
+        return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))       # B x N x out
 
 
 class Tokenizer(nn.Module):
@@ -357,7 +357,7 @@ class Tokenizer(nn.Module):
             if noise is not None:
                 log_variance = log_variance.clamp(-30, 20)
                 out["kl"] = 0.5 * (h.square() + log_variance.exp() - 1 - log_variance).sum((1, 2)).mean()
-                h = h + (0.5 * log_variance).exp() * noise
+                h = h + (0.5 * log_variance).exp() * noise                  # a sample of the posterior
 
         hidden = self.decoder.features(h)                                   # B x N x D
         out["recon"] = unpatchify(self.decoder.head(hidden).float(), self.patch)
@@ -378,8 +378,8 @@ def sample_mask_ratio(low: float, high: float, rng: np.random.Generator) -> floa
 
 def random_mask(batch: int, n: int, ratio: float, generator: torch.Generator) -> Tensor:
     """B x N, True on ceil(N * ratio) random patches of each image."""
-    noise = torch.rand(batch, n, generator=generator, device=generator.device)
-    return noise.argsort(1).argsort(1) < math.ceil(n * ratio)
+    noise = torch.rand(batch, n, generator=generator, device=generator.device)  # B x N; its ranks are random orders
+    return noise.argsort(1).argsort(1) < math.ceil(n * ratio)               # rank of each patch
 
 
 @functools.lru_cache  # copied to the device once, not in every step
@@ -407,14 +407,14 @@ def hog(x: Tensor, patch: int, cell: int = 0, window: int = -1) -> Tensor:
         at = torch.arange(window, device=x.device) - (window - 1) / 2
         w = torch.exp(-0.5 * (at / (window // 2)) ** 2)
         w = torch.outer(w, w) / w.sum() ** 2
-        magnitude = magnitude * w.repeat(s // window, s // window)
+        magnitude = magnitude * w.repeat(s // window, s // window)          # B x 3 x S x S
 
     bins = torch.floor(torch.atan2(gx, gy) / math.pi * HOG_BINS).long() % HOG_BINS
     histogram = torch.zeros(b, c, HOG_BINS, s, s, device=x.device)
-    histogram.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))
+    histogram.scatter_(2, bins.unsqueeze(2), magnitude.unsqueeze(2))        # B x 3 x 9 x S x S
     histogram = F.avg_pool2d(histogram.flatten(1, 2), cell) * cell**2       # B x 27 x S/cell x S/cell
     histogram = F.normalize(histogram.unflatten(1, (c, HOG_BINS)), dim=2).flatten(1, 2)
-    return F.pixel_unshuffle(histogram, patch // cell).flatten(2).transpose(1, 2)
+    return F.pixel_unshuffle(histogram, patch // cell).flatten(2).transpose(1, 2)  # B x N x 27*(P/cell)^2
 
 
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
@@ -605,7 +605,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
     start = restore(state, model, ema, optimizers, adversary) if state else 0
 
-    net = dist.wrap(model, cfg.compile)
+    net = dist.wrap(model, cfg.compile)                     # DDP: averages gradients over processes
     loader = Loader(images, cfg.batch_size, cfg.seed + stage - 1, dist)
     mine = dist.local_slice(cfg.batch_size)  # this process's rows of the global batch
     n, n_latent = cfg.tokens()
@@ -643,10 +643,10 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             nll = losses["recon"]
             if lpips:
                 nll = nll + cfg.lpips * min(1, (total_step + 1) / max(1, cfg.lpips_warmup)) * losses["lpips"]
-            (grad_recon,) = torch.autograd.grad(nll, recon)
+            (grad_recon,) = torch.autograd.grad(nll, recon)                 # B x 3 x S x S
             if adversary and total_step + 1 >= cfg.adv_start:
                 losses["adv"] = adversary.generator_loss(recon, total_step, micro)
-                (grad_adv,) = torch.autograd.grad(losses["adv"], recon)
+                (grad_adv,) = torch.autograd.grad(losses["adv"], recon)     # B x 3 x S x S
                 losses["adaptive"] = adaptive_weight(grad_recon, grad_adv, out["hidden"], cfg.patch, dist)
                 grad_recon = grad_recon + cfg.adv_weight * losses["adaptive"] * grad_adv
 
@@ -662,7 +662,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             # One backward pass. The value of image_term means nothing; its gradient at the reconstruction is grad_recon
             image_term = (out["recon"] * grad_recon).sum()
             ((image_term + aux_loss) * share).backward()
-            recons.append(recon.detach())
+            recons.append(recon.detach())                   # for the discriminator
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + share * value.detach()
 
@@ -670,12 +670,12 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
         terms["grad"] = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()                           # sets gradients to None
         if adversary and total_step + 1 >= cfg.adv_start:
             terms |= adversary.train_step(x, torch.cat(recons), total_step, lr_scale)
-        ema.update(step)
+        ema.update(step)                                    # the model that is evaluated
 
-        log.add(lr_scale, **terms)
+        log.add(lr_scale, **terms)                          # stays on the device: no wait
         saving = (step + 1) % cfg.save_every == 0 or step + 1 == steps
         if saving or (step + 1) % cfg.log_every == 0:
             log.write(step + 1)  # ends the run if a term is not finite, before anything is saved
