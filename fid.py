@@ -122,6 +122,8 @@ def fold_layer_scale(weights: Weights, attention: str, mlp: str) -> Weights:
             layer = key.removesuffix(f".{matrix}.weight")
             if layer.rpartition(".")[0] in scaled:  # one layer has scales, so all must
                 gamma = weights.pop(f"{layer}.{scale}.gamma")
+                if not gamma.shape == weights[f"{layer}.{matrix}.bias"].shape == weights[key].shape[:1]:
+                    raise ValueError(f"{layer}.{scale}.gamma is {list(gamma.shape)}")
                 weights[key] = weights[key] * gamma[:, None]
                 weights[f"{layer}.{matrix}.bias"] = weights[f"{layer}.{matrix}.bias"] * gamma
     return weights
@@ -613,6 +615,8 @@ def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), seed: i
 
 class Classifier(nn.Module):
     """A small convolutional network: images -> pooled features (B x 192) and class logits (B x K)."""
+
+    width = 192
 
     def __init__(self, classes: int):
         super().__init__()

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +52,7 @@ import tokenizer
 HERE = Path(__file__).resolve().parent
 GOLDENS = next(p for p in (HERE.parent / "shared/goldens", HERE / "assets/goldens") if p.is_dir())
 STAGES = ("data", "fid", "tokenizer", "diffusion", "sample")
-ONE = data.Dist()                                       # one process, CPU, fp32
-CPU = torch.device("cpu")
+ONE, CPU = data.Dist(), torch.device("cpu")             # one process, CPU, fp32
 
 
 def golden(name: str) -> tuple[dict, dict, dict]:
@@ -64,9 +65,9 @@ def golden(name: str) -> tuple[dict, dict, dict]:
 
 
 def goldens(family: str, pattern: str):
-    """One case of a test per golden file."""
-    found = sorted(f"{family}/{p.stem}" for p in (GOLDENS / family).glob(pattern))
-    return pytest.mark.parametrize("name", found)
+    """One case of a test per golden file. No gradients, unless the test turns them on."""
+    names = sorted(f"{family}/{p.stem}" for p in (GOLDENS / family).glob(pattern))
+    return pytest.mark.parametrize("name", names)
 
 
 def below(tensors: dict, prefix: str) -> dict:
@@ -101,80 +102,13 @@ def refused(call, *args, message="") -> str:
 def test_tokenizer_agrees_with_official(name):
     t, weights, case = golden(name)
     model, _ = tokenizer.from_official(weights, case["enc"]["num_heads"], case["dec"]["num_heads"])
-    close(model.encoder(t["image"]), t["encoder_tokens"])
-    close(model.encode(t["image"]), t["latents"])
-    close(model(t["image"])["recon"], t["reconstruction"])
-    close(model.decode(t["free_latents"]), t["free_reconstruction"])
+    pairs = {"encoder_tokens": model.encoder(t["image"]), "latents": model.encode(t["image"]),
+             "reconstruction": model(t["image"])["recon"], "free_reconstruction": model.decode(t["free_latents"])}
     if "mask" in t:
-        close(model.encode(t["image"], t["mask"].bool()), t["masked_latents"])
-        close(model(t["image"], t["mask"].bool())["recon"], t["masked_reconstruction"])
-
-
-def test_each_damage_to_a_released_checkpoint_is_named():
-    name = "tokenizer_tiny_a" if (GOLDENS / "maetok/tokenizer_tiny_a.npz").exists() else "tokenizer_tiny_b_movq"
-    _, weights, case = golden(f"maetok/{name}")
-    heads = case["enc"]["num_heads"], case["dec"]["num_heads"]
-    surprise = weights | {"encoder.surprise": torch.zeros(1)}
-    refused(tokenizer.from_official, surprise, *heads, message="encoder.surprise is unknown")
-    less = {k: v for k, v in weights.items() if k != "encoder.model.blocks.1.mlp.fc1.bias"}
-    refused(tokenizer.from_official, less, *heads, message="encoder.model.blocks.1.mlp.fc1.bias is missing")
-    folded = ("freqs_t_", "decoder.model.pos_embed", "decoder.model.patch_embed", "norm.adaLN", "encoder.mask_token",
-              "decoder.model.cls_token")
-    for key in weights:
-        if not any(part in key for part in folded):
-            said = refused(tokenizer.from_official, {k: v for k, v in weights.items() if k != key}, *heads)
-            assert key in said or key.endswith(("freqs", "adaLN_modulation.1.weight")), (key, said)
-        if key.startswith(("encoder", "quant", "post")) and "freqs_t_" not in key:
-            for other in (weights[key][..., None], weights[key].flatten()[:1], torch.tensor(1.0)):
-                refused(tokenizer.from_official, weights | {key: other}, *heads)
-
-
-def key_list(name: str) -> dict[str, list[int]]:
-    """Names and shapes of a released checkpoint."""
-    rows = [line.split("\t") for line in (GOLDENS / f"maetok/keys/{name}.tsv").read_text().splitlines()[1:]]
-    return {key: [int(n) for n in shape.split("x")] for key, shape, *_ in rows}
-
-
-@pytest.mark.parametrize("name", ["ae_b128_256_plain_cls", "ae_b128_512_p16_movq_nocls"])
-@torch.no_grad()
-def test_a_released_checkpoint_at_full_size(name, tmp_path, capsys):
-    """The exact key list with random values: --from-official, then an image there and back; the statistics travel."""
-    torch.manual_seed(0)
-    weights = {key: 0.03 * torch.randn(shape) for key, shape in key_list(name).items()}
-    (tmp_path / "official").mkdir()
-    write_safetensors(tmp_path / "official/model.safetensors", weights)
-    (tmp_path / "official/config.json").write_text(json.dumps({"vq_mean": 0.01, "vq_std": 0.07, "image_size": 1}))
-    start = time.time()
-    read = fid.read_weights(tmp_path / "official/model.safetensors")
-    assert all(torch.equal(read[k], weights[k]) for k in weights)
-    between = time.time()
-    model, cfg = tokenizer.from_official(read)
-    assert between - start < 5 and time.time() - between < 5
-    assert (cfg.size, cfg.latents, cfg.channels) == (512 if "512" in name else 256, 128, 32)
-    call("tokenizer", "--from-official", tmp_path / "official", "--out", tmp_path / "out")
-    assert "0.07" in capsys.readouterr().out
-    again, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", CPU)
-    stored = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    assert stored["latent_statistics"] == {"mean": 0.01, "std": 0.07}
-    assert (tmp_path / "out/ckpt.pt").stat().st_size < 4.01 * sum(p.numel() for p in model.parameters()) + 1e6
-    x = torch.rand(1, 3, cfg.size, cfg.size) * 2 - 1
-    z = model.encode(x)
-    assert z.shape == (1, 128, 32) and torch.equal(again.encode(x), z)
-    image = model.decode(z)
-    assert image.shape == x.shape and torch.equal(again.decode(z), image) and image.isfinite().all()
-
-
-def test_a_bare_state_dict_and_a_training_checkpoint_load(tmp_path, monkeypatch):
-    _, weights, _ = golden("maetok/tokenizer_tiny_b_movq")
-    state = {"model": {"a": torch.zeros(1)}, "ema": weights, "args": argparse.Namespace(lr=1)}
-    for name, content in (("train", state), ("bare", weights)):
-        torch.save(content, tmp_path / f"{name}.pt")
-        assert fid.read_weights(tmp_path / f"{name}.pt").keys() == weights.keys()
-    monkeypatch.chdir(tmp_path)
-    call("tokenizer", "--from-official", "train.pt", "--out", "out")
-    again, cfg = tokenizer.load_tokenizer("out/ckpt.pt", CPU)
-    assert (cfg.size, cfg.decoder) == (64, "modulated") and again.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 12, 6)
-    refused(call, "tokenizer", "--from-official", "train.pt", "--out", "out", message="is there already")
+        mask = t["mask"].bool()
+        pairs |= {"masked_latents": model.encode(t["image"], mask), "masked_reconstruction": model(t["image"], mask)["recon"]}
+    for key, ours in pairs.items():
+        close(ours, t[key])
 
 
 @goldens("maetok", "rope_*")
@@ -212,35 +146,18 @@ def test_a_masked_training_step_agrees_with_official(name):
     """Masked latents, reconstruction and the three auxiliary losses; of the teachers only their outputs are given."""
     t, weights, case = golden(name)
     model, cfg = tokenizer.from_official(weights, *(case[net]["num_heads"] for net in ("enc", "dec", "aux")))
-    assert set(model.aux) == {"hog", "dinov2", "siglip"}
     x, mask = t["image_u8"].float() / 127.5 - 1, t["mask"].bool()
     out = model(x, mask)
     close(model.encode(x, mask), t["latents"])
     close(out["recon"][..., ::4, ::4], t["reconstruction"])
-    targets = {"hog": tokenizer.hog(x, cfg.patch), "dinov2": t["target_dino"], "siglip": t["target_clip"]}
-    near(targets["hog"][:, :len(t["target_hog"][0])], t["target_hog"], 1e-5)
-    for ours, theirs in (("hog", "hog"), ("dinov2", "dino"), ("siglip", "clip")):
-        loss = tokenizer.masked_mse if ours == "hog" else tokenizer.masked_cosine
+    hog = tokenizer.hog(x, cfg.patch)
+    near(hog[:, :len(t["target_hog"][0])], t["target_hog"], 1e-5)
+    aux = {"hog": ("hog", hog, tokenizer.masked_mse), "dinov2": ("dino", t["target_dino"], tokenizer.masked_cosine),
+           "siglip": ("clip", t["target_clip"], tokenizer.masked_cosine)}
+    assert set(model.aux) == set(aux)
+    for ours, (theirs, target, loss) in aux.items():
         close(out[ours][:, :len(t[f"pred_{theirs}"][0])], t[f"pred_{theirs}"])
-        close(loss(out[ours], targets[ours], mask), t[f"{theirs}_loss"])
-
-
-@goldens("maetok", "gan_*")
-def test_adversarial_terms_agree_with_official(name):
-    t, _, _ = golden(name)
-    close(tokenizer.hinge_loss(t["logits_real"], t["logits_fake"]), t["hinge_d"])
-    lecam = tokenizer.LeCam(ONE)
-    for real, fake, means, value in zip(t["lecam_real"], t["lecam_fake"], t["lecam_ema"], t["lecam_reg"]):
-        close(lecam(real, fake), value)
-        close(lecam.means, means)
-    x, color = t["aug_x"], t["aug_u"]
-    for i, operation in enumerate(("brightness", "saturation", "contrast")):
-        alone = torch.full_like(color, 0.5)              # the middle of each range changes nothing
-        alone[i] = color[i]
-        close(tokenizer.augment(x, {"color": alone}, 0.2), t[f"aug_{operation}"])
-    close(tokenizer.augment(x, {"shift": t["aug_shift"]}, 0.2), t["aug_translation"])
-    for share in (0.2, 0.5):
-        close(tokenizer.augment(x, {"cutout": t[f"aug_cutout{share}_offset"]}, share), t[f"aug_cutout{share}"])
+        close(loss(out[ours], target, mask), t[f"{theirs}_loss"])
 
 
 class Probe(torch.nn.Module):
@@ -256,11 +173,25 @@ class Probe(torch.nn.Module):
 
 
 @goldens("maetok", "gan_*")
-def test_the_image_loss_agrees_with_official(name):
-    """Adaptive weight and both objectives, with the small networks of the golden. Warm-up and start step of the loop
-    are in test_a_step_has_the_gradients_of_the_sum.
+def test_adversarial_terms_and_the_image_loss_agree_with_official(name):
+    """Hinge, LeCam, DiffAugment; then adaptive weight and both objectives, with the small networks of the golden. Warm-up
+    and start step of the loop itself are in test_a_step_has_the_gradients_of_the_sum.
     """
     t, _, case = golden(name)
+    close(tokenizer.hinge_loss(t["logits_real"], t["logits_fake"]), t["hinge_d"])
+    lecam = tokenizer.LeCam(ONE)
+    for real, fake, means, value in zip(t["lecam_real"], t["lecam_fake"], t["lecam_ema"], t["lecam_reg"]):
+        close(lecam(real, fake), value)
+        close(lecam.means, means)
+    augment, color = partial(tokenizer.augment, t["aug_x"]), t["aug_u"]
+    for i, operation in enumerate(("brightness", "saturation", "contrast")):
+        alone = torch.full_like(color, 0.5)              # the middle of each range changes nothing
+        alone[i] = color[i]
+        close(augment({"color": alone}, 0.2), t[f"aug_{operation}"])
+    close(augment({"shift": t["aug_shift"]}, 0.2), t["aug_translation"])
+    for share in (0.2, 0.5):
+        close(augment({"cutout": t[f"aug_cutout{share}_offset"]}, share), t[f"aug_cutout{share}"])
+
     cfg = tokenizer.Config(size=16, patch=8, batch_size=case["batch"], lpips=1.0, adv_weight=0.4, lecam=0.001,
                            diffaug=False, consistency=0.0)
     adversary = tokenizer.Adversary(cfg, ONE, Probe(below(t, "probe/")))
@@ -270,15 +201,13 @@ def test_the_image_loss_agrees_with_official(name):
     close(large.detach(), recon)
     for i, step in enumerate(t["vq_steps"].tolist()):
         losses = tokenizer.image_loss(recon, real, lambda a, b: (a - b).abs().mean((1, 2, 3)))
-        warm = min(1, step / 10)
-        nll = losses["recon"] + warm * losses["lpips"]
-        grads = [torch.autograd.grad(term, image, retain_graph=True)[0] for term in (
-            (large - real).square().mean() + warm * (large - real).abs().mean(), -adversary.net(large)[0].mean())]
+        warm, on = min(1, step / 10), step >= 30         # the warm-up and the start step of the case
+        terms = (large - real).square().mean() + warm * (large - real).abs().mean(), -adversary.net(large)[0].mean()
+        grads = [torch.autograd.grad(term, image, retain_graph=True)[0] for term in terms]
         adaptive = tokenizer.adaptive_weight(*grads, t["vq_feat"], 4, ONE)
         close(adaptive, t["vq_adaptive_weight"][i])
-        on = step >= 30                                  # the case's start step
-        adv = adversary.generator_loss(recon, step - 1, slice(None))
-        close(nll + t["vq_codebook_losses"].sum() + on * 0.4 * adaptive * adv, t["vq_gen_loss"][i])
+        adv = on * 0.4 * adaptive * adversary.generator_loss(recon, step - 1, slice(None))
+        close(losses["recon"] + warm * losses["lpips"] + t["vq_codebook_losses"].sum() + adv, t["vq_gen_loss"][i])
         if on:
             terms = adversary.train_step(real, recon, step - 1, 0.0)
             close(0.4 * (terms["hinge"] + 0.001 * terms["lecam"]), t["vq_disc_loss"][i])
@@ -286,8 +215,9 @@ def test_the_image_loss_agrees_with_official(name):
             adversary.lecam(*adversary.net(real, recon))
 
 
-def fill_discriminator(net, weights):
-    """Weights under the official names; of a norm without running statistics some stay unused."""
+def dino_discriminator(trunk, weights, *args):
+    """With weights under the official names; of a norm without running statistics some stay unused."""
+    net = tokenizer.DinoDiscriminator(trunk.eval(), *args)
     own = net.state_dict()
     net.load_state_dict({k: weights.get(k, v) for k, v in own.items()})
     assert {k for k in own if "running" not in k and "tracked" not in k} <= weights.keys()
@@ -299,8 +229,7 @@ def fill_discriminator(net, weights):
 def test_dino_discriminator_agrees_with_official(name):
     t, _, case = golden(name)
     trunk = fid.VisionTransformer(below(t, "dino/"), "dino", case["num_heads"])
-    net = tokenizer.DinoDiscriminator(trunk.eval(), "batch", tuple(case["key_depths"]))
-    net = fill_discriminator(net, below(t, "disc/"))
+    net = dino_discriminator(trunk, below(t, "disc/"), "batch", tuple(case["key_depths"]))
     for i, tap in enumerate(net.features(t["x"])):
         close(tap[0, :, :16], t[f"activation{i}"])
     net.eval()
@@ -335,6 +264,11 @@ def filled(shapes: dict, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
+def shrunk(weights: dict, pattern: str) -> dict:
+    """Small activations make the eps of the norms visible."""
+    return {key: w * np.float32(1e-3) if re.search(pattern, key) else w for key, w in weights.items()}
+
+
 def public_keys(network: str) -> dict[str, list[int]]:
     """Names and shapes of a public weight file."""
     return json.loads((GOLDENS / "metrics/state_dict_keys.json").read_text())[network]
@@ -348,26 +282,19 @@ def images_of(t, key):
 @torch.no_grad()
 def test_dino_discriminator_agrees_at_full_size(name):
     t, _, case = golden(name)
-    trunk = fid.VisionTransformer(filled(public_keys("dino_deitsmall16"), case["weight_seed"]), "dino").eval()
+    trunk = fid.VisionTransformer(filled(public_keys("dino_deitsmall16"), case["weight_seed"]), "dino")
     with np.load(GOLDENS / f"{name}.npz") as z:
         heads = filled(json.loads(str(z["heads_keys"])), case["weight_seed"])
     x = images_of(t, "img")
     for norm, tag in (("batch", "sbn"), ("groups", "bn")):
-        net = fill_discriminator(tokenizer.DinoDiscriminator(trunk, norm), heads)
+        net = dino_discriminator(trunk, heads, norm)
         for turn in ("first", "second"):
             near(net(x)[0], t[f"logits_{tag}_{turn}"], 1e-4)
-        if norm == "groups":
-            near(net.eval()(x)[0], t["logits_bn_eval"], 1e-4)
+    near(net.eval()(x)[0], t["logits_bn_eval"], 1e-4)
     for key, suffix, every in (("img", "", 3), ("img_224", "_224", 7)):
         for i, tap in enumerate(net.features(images_of(t, key)) if key in t else ()):
             n, channels, _ = t[f"act{i}{suffix}"].shape
             near(tap[:n, :channels, ::every], t[f"act{i}{suffix}"], 2e-4)
-
-
-def shrunk(weights: dict, *parts: str) -> dict:
-    """Small activations make the eps of the norms visible."""
-    return {key: w * np.float32(1e-3) if any(re.search(part, key) for part in parts) else w
-            for key, w in weights.items()}
 
 
 @goldens("metrics", "dinov2*")
@@ -378,11 +305,12 @@ def test_dinov2_agrees_with_official(name):
     for tag, keys in case["keys"].items():
         weights = filled(keys, seed)
         if tag == "plain_small":
-            weights = shrunk(weights, "^pos_embed$", "^cls_token$", "gamma$", "^patch_embed")
+            weights = shrunk(weights, "^pos_embed$|^cls_token$|gamma$|^patch_embed")
         net = fid.VisionTransformer(weights, "dinov2", case["config"]["num_heads"]).eval()
+        n = net.prefix + net.registers
         for key in (k for k in t if re.fullmatch(rf"patch_{tag}_\d+x\d+", k)):
             size = key.rpartition("_")[2]
-            out, n = net(t[f"x_{size}"]), net.prefix + net.registers
+            out = net(t[f"x_{size}"])
             near(out[:, n:], t[key], 3e-5)
             near(out[:, 0], t[f"cls_{tag}_{size}"], 3e-5)
             if net.registers:
@@ -400,12 +328,11 @@ def test_dinov2_agrees_with_official(name):
 @torch.no_grad()
 def test_siglip_agrees_with_official(name):
     t, _, case = golden(name)
-    weights, heads = filled(case["keys"], case["weight_seed"]), case["config"]["num_attention_heads"]
-    net = fid.VisionTransformer(weights, "siglip", heads).eval()
-    for size in ("native", "interp"):
-        near(net(t[f"x_{size}"]), t[f"last_hidden_state_{size}"], 3e-5)
-    net = fid.VisionTransformer(shrunk(weights, r"embeddings\.", r"out_proj\.", r"\.mlp\.fc2\."), "siglip", heads).eval()
-    near(net(t["x_native"]), t["last_hidden_state_native_small"], 3e-5)
+    whole, heads = filled(case["keys"], case["weight_seed"]), case["config"]["num_attention_heads"]
+    small = shrunk(whole, r"embeddings\.|out_proj\.|\.mlp\.fc2\.")
+    for weights, size, suffix in ((whole, "native", ""), (whole, "interp", ""), (small, "native", "_small")):
+        net = fid.VisionTransformer(weights, "siglip", heads).eval()
+        near(net(t[f"x_{size}"]), t[f"last_hidden_state_{size}{suffix}"], 3e-5)
 
 
 @goldens("metrics", "lpips*")
@@ -440,60 +367,15 @@ def test_sit_agrees_with_official(name):
         close(diffusion.token_positions(*model.pos_embed.shape[1:]), weights["pos_embed"])
 
 
-@torch.no_grad()
-def test_a_released_sit_at_full_size():
-    """The exact key list: strict, every number accounted for, and it runs (values repeated, so that it fits)."""
-    shapes = key_list("sit_xl_1d_128x32")
-    weights = {key: torch.full([1] * len(shape), 0.01).expand(shape) for key, shape in shapes.items()}
-    model = diffusion.from_official(weights)
-    assert sum(math.prod(v.shape) for v in model.state_dict().values()) == 675_000_608
-    assert (model.shape, model.null_class, len(model.blocks)) == ((128, 32), 1000, 28)
-    assert model.blocks[0].attn.heads == 16
-    assert model(torch.randn(1, 128, 32), torch.tensor([0.5]), torch.tensor([1000])).shape == (1, 128, 32)
-    less = {k: v for k, v in weights.items() if k != "blocks.3.mlp.fc1.bias"}
-    refused(diffusion.from_official, less, message='Missing key(s) in state_dict: "blocks.3.mlp.fc1.bias"')
-
-
-def test_a_released_pair_samples(tmp_path, monkeypatch):
-    """A released SiT with a converted tokenizer whose config gave the latent statistics."""
-    _, weights, case = golden("maetok/tokenizer_tiny_b_movq")
-    model, cfg = tokenizer.from_official(weights, case["enc"]["num_heads"], case["dec"]["num_heads"])
-    state = {"kind": "tokenizer", "config": dataclasses.asdict(cfg), "stage": 2, "ema": model.state_dict()}
-    ONE.save(tmp_path / "bare.pt", state)
-    ONE.save(tmp_path / "tok.pt", state | {"latent_statistics": {"mean": 0.5, "std": 2.0}})
-    _, weights, case = golden("maetok/sit_tiny_b")
-    (tmp_path / "sit").mkdir()
-    write_safetensors(tmp_path / "sit/model.safetensors", weights)
-    (tmp_path / "sit/config.json").write_text(json.dumps({"num_heads": case["args"]["num_heads"]}))
-    args = ["--preset", "paper256", "--model", "sit", "--num-samples", 9, "--precision", "fp32", "--sampler", "euler",
-            "--steps", 3, "--png"]
-    script("sample", *args, "--tokenizer", "tok.pt", cwd=tmp_path)
-    with np.load(tmp_path / "out/samples/samples.npz") as z:
-        images, labels = z["arr_0"], z["labels"]
-    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and images.shape == (9, cfg.size, cfg.size, 3)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out/samples/png/000008.png")), images[8])
-    sit, y = build_sit(weights, case["args"]), torch.from_numpy(labels)
-    with torch.no_grad():
-        velocity = diffusion.guided_velocity(sit, y, 1.9, 0.0, 0.75)
-        x = diffusion.sample_ode(velocity, diffusion.ImageNoise(range(9), 0, sit.shape, ONE)(), 3)
-        again = data.to_uint8(model.decode(x.float() * 2 + 0.5))
-    assert np.abs(again.permute(0, 2, 3, 1).numpy().astype(int) - images).max() <= 1
-    monkeypatch.chdir(tmp_path)
-    for more, message in ((["--tokenizer", "bare.pt"], "config.json that was released beside it"),
-                          ([], "needs --tokenizer")):
-        refused(call, "sample", *args, *more, message=message)
-
-
 @goldens("maetok", "loss_*")
 def test_flow_loss_agrees_with_official(name):
     t, weights, case = golden(name)
     model = build_sit(weights, case["args"])
-    for path in ("linear", "cosine"):
-        for times in ("uniform", "lognormal"):
-            at = t["uniform_t"] if times == "uniform" else diffusion.lognormal_timesteps(t["rnd_normal"], path)
-            close(at, t[f"{path}_{times}_t"])
-            loss = diffusion.velocity_loss(model, t["x"], t["noise"], at.flatten(), t["y"], path)
-            close(loss, t[f"{path}_{times}_loss"])
+    for path, times in itertools.product(("linear", "cosine"), ("uniform", "lognormal")):
+        at = t["uniform_t"] if times == "uniform" else diffusion.lognormal_timesteps(t["rnd_normal"], path)
+        close(at, t[f"{path}_{times}_t"])
+        loss = diffusion.velocity_loss(model, t["x"], t["noise"], at.flatten(), t["y"], path)
+        close(loss, t[f"{path}_{times}_loss"])
 
 
 @goldens("maetok", "sampler_*")
@@ -503,12 +385,10 @@ def test_samplers_agree_with_official(name):
     model, calls = build_sit(weights, case["args"]), []
     model.register_forward_pre_hook(lambda _, args: calls.append((args[1][0].item(), len(args[0]))))
     for suffix, scale in (("cfg1", 1.0), ("cfg", t["cfg_scale"])):
-        velocity = diffusion.guided_velocity(model, t["y"], scale, *case["interval"])
-        solve = functools.partial(diffusion.sample_ode, velocity, t["noise"], t["num_steps"])
-        solvers = {"euler": solve, "heun": functools.partial(solve, heun=True)}
+        args = diffusion.guided_velocity(model, t["y"], scale, *case["interval"]), t["noise"], t["num_steps"]
+        solvers = {"euler": partial(diffusion.sample_ode, *args), "heun": partial(diffusion.sample_ode, *args, heun=True)}
         for path in ("linear", "cosine"):
-            solvers[f"sde_{path}"] = lambda v=velocity, p=path: diffusion.sample_sde(
-                v, t["noise"], t["num_steps"], p, iter(t["sde_eps"]).__next__)
+            solvers[f"sde_{path}"] = partial(diffusion.sample_sde, *args, path, iter(t["sde_eps"]).__next__)
         for solver, solve in solvers.items():
             calls.clear()
             close(solve(), t[f"{solver}_{suffix}"])
@@ -524,63 +404,15 @@ def moments(features, size=37):
 
 
 @goldens("metrics", "frechet*")
-def test_frechet_distance_agrees_with_exact(name):
-    t, _, _ = golden(name)
+def test_frechet_distance_inception_score_precision_and_recall_agree(name):
+    """With exact values, and with ADM's; the second are in the full goldens only, and in the end-to-end golden."""
+    t, _, case = golden(name)
     found = {tag: moments(t[f"feat_{tag}"]) for tag in "ABCD"}
     for a, b in ("AB", "CD", "AC"):                      # C and D have fewer samples than dimensions
         assert fid.frechet_distance(*found[a], *found[b]) == pytest.approx(t[f"fid_exact_{a}{b}"], rel=1e-6)
     assert fid.frechet_distance(*found["A"], *found["A"]) < 1e-6
-
-
-@goldens("metrics", "resize*")
-def test_resize_agrees_with_tensorflow(name):
-    t, _, _ = golden(name)
-    for key in (k for k in t if k.startswith("img_")):
-        out = fid.tf_resize(t[key].permute(2, 0, 1)[None])[0].permute(1, 2, 0)
-        assert torch.equal(out[t["rows"]][:, t["cols"]], t[f"tf1_{key[4:]}"])         # not a bit apart
-        close(out.double().sum((0, 1)), t[f"tf1sum_{key[4:]}"], 1e-9)
-
-
-@pytest.fixture(scope="session")
-def inception():
-    weights = filled(public_keys("inception_fid"), 1000)
-    net = fid.Inception(weights).eval()
-    net.bias = weights["fc.bias"]                        # of the logits of classification, which no score uses
-    return net
-
-
-@goldens("metrics", "inception*")
-@torch.no_grad()
-def test_inception_agrees_with_both_references(name, inception):
-    t, _, case = golden(name)
-    assert case["weight_seed"] == 1000
-    for key in (k for k in t if k.startswith("pool_")):
-        _, size, kind = key.split("_")
-        inception.resize = "tf1" if kind == "tf1" else "pytorch-fid"
-        pool, spatial, logits = inception(t[f"img_{size}"].permute(0, 3, 1, 2))
-        outputs = {"pool": pool, "spatial": spatial, "logits_nobias": logits, "logits": logits + inception.bias}
-        for what, output in outputs.items():
-            near(output, t[f"{what}_{size}_{kind}"], 2e-4)
-    inception.resize = "tf1"
-
-
-@goldens("metrics", "e2e*")
-def test_the_whole_suite_agrees_end_to_end(name, inception):
-    t, _, _ = golden(name)
-    ref, smp = (fid.inception_statistics(inception, fid.LazyImages(len(x), lambda i, x=x: x[i].permute(0, 3, 1, 2)),
-                                         ONE, 16, keep=99) for x in (t["img_ref"], t["img_smp"]))
-    for key, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
-        distance = fid.frechet_distance(ref[mean], ref[cov], smp[mean], smp[cov])
-        assert distance == pytest.approx(t[key], rel=1e-5)
-    assert smp["inception_score"] - 1 == pytest.approx(t["is_split5000"] - 1, rel=1e-4)
-    assert fid.precision_recall(ref["features"], smp["features"]) == pytest.approx(t["precision_recall"].tolist())
-
-
-@goldens("metrics", "frechet*")
-def test_inception_score_precision_and_recall_agree_with_adm(name):
-    t, _, case = golden(name)
     if "is_acts" not in t:
-        pytest.skip("these values are in the full goldens only; the end-to-end golden covers the definitions")
+        return
     logits = t["is_acts"] @ t["is_W"]
     for block, key in ((case["is_split_size"], "is_adm_split"), (5000, "is_adm_default")):
         score = fid.InceptionScore(len(logits), CPU, block, logits.shape[1])
@@ -594,9 +426,140 @@ def test_inception_score_precision_and_recall_agree_with_adm(name):
         close(fid.knn_radii(smp, tile=50), t[f"pr_{tag}_radii_smp_fp32"], 1e-5)
 
 
+@goldens("metrics", "resize*")
+def test_resize_agrees_with_tensorflow(name):
+    t, _, _ = golden(name)
+    for key in (k for k in t if k.startswith("img_")):
+        out = fid.tf_resize(t[key].permute(2, 0, 1)[None])[0].permute(1, 2, 0)
+        assert torch.equal(out[t["rows"]][:, t["cols"]], t[f"tf1_{key[4:]}"])         # not a bit apart
+        close(out.double().sum((0, 1)), t[f"tf1sum_{key[4:]}"], 1e-9)
+
+
+@functools.cache
+def inception(resize):
+    net = fid.Inception(filled(public_keys("inception_fid"), 1000), resize).eval()
+    return net, filled(public_keys("inception_fid"), 1000)["fc.bias"]    # the bias of classification, which no score uses
+
+
+@goldens("metrics", "inception*")
+@torch.no_grad()
+def test_inception_agrees_with_both_references(name):
+    t, _, case = golden(name)
+    assert case["weight_seed"] == 1000
+    for key in (k for k in t if k.startswith("pool_")):
+        _, size, kind = key.split("_")
+        net, bias = inception("tf1" if kind == "tf1" else "pytorch-fid")
+        pool, spatial, logits = net(t[f"img_{size}"].permute(0, 3, 1, 2))
+        for what, ours in (("pool", pool), ("spatial", spatial), ("logits_nobias", logits), ("logits", logits + bias)):
+            near(ours, t[f"{what}_{size}_{kind}"], 2e-4)
+
+
+@goldens("metrics", "e2e*")
+def test_the_whole_suite_agrees_end_to_end(name):
+    t, _, _ = golden(name)
+    sets = [fid.LazyImages(len(x), lambda i, x=x: x[i].permute(0, 3, 1, 2)) for x in (t["img_ref"], t["img_smp"])]
+    ref, smp = (fid.inception_statistics(inception("tf1")[0], images, ONE, 16, keep=99) for images in sets)
+    for key, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
+        assert fid.frechet_distance(ref[mean], ref[cov], smp[mean], smp[cov]) == pytest.approx(t[key], rel=1e-5)
+    assert smp["inception_score"] - 1 == pytest.approx(t["is_split5000"] - 1, rel=1e-4)
+    assert fid.precision_recall(ref["features"], smp["features"]) == pytest.approx(t["precision_recall"].tolist())
+
+
+# Released checkpoints
+
+
+def key_list(name: str) -> dict[str, list[int]]:
+    rows = [line.split("\t") for line in (GOLDENS / f"maetok/keys/{name}.tsv").read_text().splitlines()[1:]]
+    return {key: [int(n) for n in shape.split("x")] for key, shape, *_ in rows}
+
+
+@pytest.mark.parametrize("name", ["ae_b128_256_plain_cls", "ae_b128_512_p16_movq_nocls"])
+@torch.no_grad()
+def test_a_released_tokenizer_at_full_size(name, tmp_path, capsys):
+    """The exact key list with random values: --from-official, then an image there and back; the statistics travel."""
+    torch.manual_seed(0)
+    weights = {key: 0.03 * torch.randn(shape) for key, shape in key_list(name).items()}
+    (tmp_path / "official").mkdir()
+    write_safetensors(tmp_path / "official/model.safetensors", weights)
+    (tmp_path / "official/config.json").write_text(json.dumps({"vq_mean": 0.01, "vq_std": 0.07, "image_size": 1}))
+    start = time.time()
+    read = fid.read_weights(tmp_path / "official/model.safetensors")
+    assert time.time() - start < 5 and all(torch.equal(read[k], weights[k]) for k in weights)
+    start = time.time()
+    model, cfg = tokenizer.from_official(read)
+    assert time.time() - start < 5
+    assert (cfg.size, cfg.latents, cfg.channels) == (512 if "512" in name else 256, 128, 32)
+    call("tokenizer", "--from-official", tmp_path / "official", "--out", tmp_path / "out")
+    assert "0.07" in capsys.readouterr().out
+    again, _ = tokenizer.load_tokenizer(tmp_path / "out/ckpt.pt", CPU)
+    stored = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert stored["latent_statistics"] == {"mean": 0.01, "std": 0.07}
+    assert (tmp_path / "out/ckpt.pt").stat().st_size < 4.01 * sum(p.numel() for p in model.parameters()) + 1e6
+    x = torch.rand(1, 3, cfg.size, cfg.size) * 2 - 1
+    z = model.encode(x)
+    image = model.decode(z)
+    assert z.shape == (1, 128, 32) and image.shape == x.shape and image.isfinite().all()
+    assert torch.equal(again.encode(x), z) and torch.equal(again.decode(z), image)
+
+
+@torch.no_grad()
+def test_a_released_sit_at_full_size():
+    """The exact key list: strict, every number accounted for, and it runs (values repeated, so that it fits)."""
+    shapes = key_list("sit_xl_1d_128x32")
+    weights = {key: torch.full([1] * len(shape), 0.01).expand(shape) for key, shape in shapes.items()}
+    model = diffusion.from_official(weights)
+    assert sum(math.prod(v.shape) for v in model.state_dict().values()) == 675_000_608
+    assert (model.shape, model.null_class, len(model.blocks)) == ((128, 32), 1000, 28)
+    assert model.blocks[0].attn.heads == 16
+    assert model(torch.randn(1, 128, 32), torch.tensor([0.5]), torch.tensor([1000])).shape == (1, 128, 32)
+    del weights["blocks.3.mlp.fc1.bias"]
+    refused(diffusion.from_official, weights, message="blocks.3.mlp.fc1.bias")
+
+
+def test_each_damage_to_a_released_checkpoint_is_named():
+    name = "tokenizer_tiny_a" if (GOLDENS / "maetok/tokenizer_tiny_a.npz").exists() else "tokenizer_tiny_b_movq"
+    _, weights, case = golden(f"maetok/{name}")
+    load = partial(tokenizer.from_official, enc_heads=case["enc"]["num_heads"], dec_heads=case["dec"]["num_heads"])
+    refused(load, weights | {"encoder.surprise": torch.zeros(1)}, message="encoder.surprise is unknown")
+    folded = re.compile(r"freqs_t_|decoder.model.(pos_embed|patch_embed|cls_token)|norm.adaLN|encoder.mask_token")
+    for key in weights:
+        if not folded.search(key):
+            said = refused(load, {k: v for k, v in weights.items() if k != key})
+            assert f"{key} is missing" in said or key.endswith(("freqs", "adaLN_modulation.1.weight")), (key, said)
+        if key.startswith(("encoder", "quant", "post")) and "freqs_t_" not in key:
+            for other in (weights[key][..., None], weights[key].flatten()[:1], torch.tensor(1.0)):
+                refused(load, weights | {key: other})
+
+
+def test_a_training_checkpoint_becomes_a_tokenizer_that_a_released_sit_samples_with(tmp_path, monkeypatch):
+    _, weights, _ = golden("maetok/tokenizer_tiny_b_movq")
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": torch.zeros(1)}, "ema": weights, "args": argparse.Namespace(lr=1)}, "train.pt")
+    torch.save(weights, "bare.pt")
+    assert fid.read_weights("train.pt").keys() == fid.read_weights("bare.pt").keys() == weights.keys()
+    Path("config.json").write_text(json.dumps({"vq_mean": 0.5, "vq_std": 2.0}))
+    call("tokenizer", "--from-official", "train.pt", "--out", "tok")
+    refused(call, "tokenizer", "--from-official", "train.pt", "--out", "tok", message="is there already")
+    _, weights, case = golden("maetok/sit_tiny_b")
+    Path("sit").mkdir()
+    write_safetensors(Path("sit/model.safetensors"), weights)
+    Path("sit/config.json").write_text(json.dumps({"num_heads": case["args"]["num_heads"]}))
+    call("sample", "--preset", "paper256", "--model", "sit", "--tokenizer", "tok/ckpt.pt", "--num-samples", 9, "--png",
+         "--precision", "fp32", "--sampler", "euler", "--steps", 3)
+    with np.load("out/samples/samples.npz") as z:
+        images, labels = z["arr_0"], torch.from_numpy(z["labels"])
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and images.shape == (9, 64, 64, 3)
+    assert np.array_equal(np.asarray(Image.open("out/samples/png/000008.png")), images[8])
+    sit, (model, _) = build_sit(weights, case["args"]), tokenizer.load_tokenizer("tok/ckpt.pt", CPU)
+    with torch.no_grad():
+        velocity = diffusion.guided_velocity(sit, labels, 1.9, 0.0, 0.75)
+        x = diffusion.sample_ode(velocity, diffusion.ImageNoise(range(9), 0, sit.shape, ONE)(), 3)
+        again = data.to_uint8(model.decode(x.float() * 2 + 0.5))
+    assert np.abs(again.permute(0, 2, 3, 1).numpy().astype(int) - images).max() <= 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Running the scripts
-
 
 # Settings of a tiny run: flags and other fields. They become a preset `tiny`
 TINY = {"tokenizer": {"size": 16, "patch": 4, "width": 24, "heads": 2, "depth": 1, "aux_width": 16, "aux_depth": 1,
@@ -613,17 +576,16 @@ data.launch(module.main, module.Config, module.PRESETS | {{"tiny": json.loads(fi
 FP32 = ["--precision", "fp32", "--optimizer", "adamw"]
 
 
-def script(name, *args, cwd, fields=None, processes=1, check=True, background=False, restarts=0, before=None):
+def script(name, *args, cwd, fields=None, processes=1, check=True, background=False, before=None):
     """Run a script in a subprocess: tokenizer.py and diffusion.py with TINY and `fields`, the others as they are."""
     command = [str(HERE / f"{name}.py")]
     if name in TINY:
         command = ["-c", DRIVER, name, json.dumps(TINY[name] | (fields or {}))]
     launcher = []
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}",
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max-restarts=1",
                     "--master_port", str(20_000 + os.getpid() % 20_000), "--no-python", sys.executable]
-    command = [sys.executable, *launcher, *command, *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, env = [sys.executable, *launcher, *command, *map(str, args)], os.environ | {"OMP_NUM_THREADS": "1"}
     if background:
         with open(Path(cwd) / "said.txt", "w") as said:
             return subprocess.Popen(command, cwd=cwd, env=env, stdout=said, stderr=said)
@@ -659,58 +621,64 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, cache):
-    """A folder where the four scripts ran once, tiny, and what they said."""
+    """The folder `out` of the four scripts, which ran once, tiny."""
     at = tmp_path_factory.mktemp("chain")
-    said = {"tokenizer": script("tokenizer", "--steps", 12, "--stage2-steps", 8, cwd=at).stdout,
-            "diffusion": script("diffusion", "--steps", 10, "--samples", 40, cwd=at).stdout,
-            "sample": script("sample", "--num-samples", 30, "--steps", 3, "--batch-size", 8, cwd=at).stdout,
-            "fid": script("fid", cwd=at).stdout}
-    return at / "out", said
+    script("tokenizer", "--steps", 12, "--stage2-steps", 8, cwd=at)
+    script("diffusion", "--steps", 10, "--samples", 40, cwd=at)
+    script("sample", "--num-samples", 30, "--steps", 3, "--batch-size", 8, cwd=at)
+    script("fid", cwd=at)
+    return at / "out"
+
+
+@pytest.fixture
+def made(chain):
+    """The flags that name the tiny models."""
+    return {"diffusion": ["--tokenizer", chain / "tokenizer/ckpt.pt"],
+            "sample": ["--model", chain / "diffusion/ckpt.pt", "--tokenizer", chain / "tokenizer/ckpt.pt"]}
 
 
 def log_of(folder) -> list[dict]:
     """The lines of a log without what the clock measures."""
     clock = {"images_per_s", "tflops", "data_wait", "memory_gib"}
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
-def losses(folder) -> list[float]:
-    return [line[key] for line in log_of(folder) for key in ("recon", "hog", "loss") if key in line]
+def assert_losses_agree(one: Path, two: Path, count: int) -> None:
+    a, b = (np.array([line[key] for line in log_of(folder) for key in ("recon", "hog", "loss") if key in line])
+            for folder in (one, two))
+    assert len(a) == len(b) == count and np.abs(a / b - 1).max() < 1e-4
 
 
 def tensors_of(path) -> dict:
     """All tensors of a nested checkpoint by path."""
     def walk(state, prefix):
         items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
-        if isinstance(state, torch.Tensor):
-            tensors[prefix] = state
-        for key, value in items:
-            walk(value, f"{prefix}.{key}" if prefix else str(key))
+        own = {prefix[1:]: state} if isinstance(state, torch.Tensor) else {}
+        return own | {k: v for key, value in items for k, v in walk(value, f"{prefix}.{key}").items()}
 
-    tensors = {}
-    walk(torch.load(path, weights_only=True), "")
-    return tensors
+    return walk(torch.load(path, weights_only=True), "")
 
 
 def assert_same(one: Path, two: Path, *files: str) -> None:
     """The files of two runs hold the same numbers, bit for bit."""
     for a, b in ((one / file, two / file) for file in files):
-        if a.suffix == ".pt":
+        if a.is_dir():
+            names = [{p.name for p in folder.iterdir() if p.suffix != ".part"} for folder in (a, b)]
+            assert names[0] == names[1] != set()
+            assert_same(a, b, *names[0])
+        elif a.name == "log.jsonl":
+            assert log_of(one) == log_of(two)
+        elif a.name == "metrics.json":
+            x, y = (json.loads(path.read_text()) | {"seconds": 0} for path in (a, b))
+            assert x == y
+        elif a.suffix == ".pt":
             x, y = tensors_of(a), tensors_of(b)
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), a
         elif a.suffix == ".npz":
             with np.load(a) as x, np.load(b) as y:
-                assert x.files == y.files and all(np.array_equal(x[k], y[k]) for k in x.files), a
-        elif a.name == "metrics.json":
-            x, y = (json.loads(path.read_text()) | {"seconds": 0} for path in (a, b))
-            assert x == y
-        elif a.name == "log.jsonl":
-            assert log_of(one) == log_of(two)
-        elif a.is_dir():
-            names = sorted(p.name for p in a.iterdir() if p.suffix != ".part")
-            assert names and names == sorted(p.name for p in b.iterdir() if p.suffix != ".part")
-            assert_same(a, b, *names)
+                assert x.files == y.files
+                assert all(x[k].dtype == y[k].dtype and np.array_equal(x[k], y[k]) for k in x.files), a
         else:
             assert a.read_bytes() == b.read_bytes(), a
 
@@ -722,29 +690,19 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.002)
 
 
-def wait_for_step(folder: Path, step: int, process, stage="") -> None:
-    log = folder / "log.jsonl"
+def logged(folder: Path, step: int, stage="") -> bool:
     line = f'"stage": "{stage}", "step": {step},' if stage else f'"step": {step},'
-    wait_for(lambda: log.exists() and line in log.read_text(), process)
+    return (folder / "log.jsonl").exists() and line in (folder / "log.jsonl").read_text()
+
+
+def kill_when(condition, process) -> None:
+    wait_for(condition, process)
+    process.kill()
+    process.wait()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All losses at once, with made weights
-
-
-def vit_keys(width: int, depth: int, patch: int, positions: int, scale: bool) -> dict[str, tuple]:
-    """Names and shapes of a DINO or DINOv2 (`scale`: with LayerScale) file of another size."""
-    d = width
-    keys = {"cls_token": (1, 1, d), "pos_embed": (1, positions, d), "norm.weight": (d,), "norm.bias": (d,),
-            "patch_embed.proj.bias": (d,), "patch_embed.proj.weight": (d, 3, patch, patch)}
-    for i in range(depth):
-        block = {name: (d,) for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")}
-        block |= {"ls1.gamma": (d,), "ls2.gamma": (d,)} if scale else {}
-        for name, outputs, inputs in (("attn.qkv", 3 * d, d), ("attn.proj", d, d), ("mlp.fc1", 4 * d, d),
-                                      ("mlp.fc2", d, 4 * d)):
-            block |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
-        keys |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
-    return keys
 
 
 def write_safetensors(path: Path, tensors: dict) -> None:
@@ -762,19 +720,19 @@ def write_safetensors(path: Path, tensors: dict) -> None:
 
 @pytest.fixture(scope="session")
 def made_weights(tmp_path_factory):
-    """A folder of pretrained networks under their public names and keys: random, and all but VGG16 small."""
+    """A folder of pretrained networks under their public names and keys: random, and all but VGG16 and Inception small."""
     at = tmp_path_factory.mktemp("weights")
-    vgg = {k: v for k, v in public_keys("vgg16").items() if "features" in k}
-    mask = {"mask_token": (1, 32)}
-    for name, keys, seed in (("vgg16-397923af", vgg, 1), ("lpips_vgg", public_keys("lpips_heads_v0.1_vgg"), 1),
-                             ("pt_inception-2015-12-05-6726825d", public_keys("inception_fid"), 1000),
-                             ("dino_deitsmall16_pretrain", vit_keys(24, 12, 16, 197, False), 1),
-                             ("dinov2_vits14_pretrain", vit_keys(32, 2, 14, 1370, True) | mask, 1)):
-        torch.save(filled(keys, seed), at / f"{name}.pth")
-    siglip = next((GOLDENS / "metrics").glob("siglip*")).stem
-    extra = {"logit_scale": (1,), "text_model.final_layer_norm.bias": (64,)}
-    keys = golden(f"metrics/{siglip}")[2]["keys"] | extra
-    write_safetensors(at / "siglip-large-patch16-256.safetensors", filled(keys, 1))
+    dino = below(golden("maetok/disc_dino_a")[0], "dino/")
+    dino |= {key.replace(".0.", f".{i}."): x for key, x in dino.items() if "blocks.0." in key for i in range(12)}
+    dinov2, siglip = (golden(f"metrics/{name}")[2]["keys"] for name in ("dinov2", "siglip"))
+    for name, weights in {
+            "vgg16-397923af": filled({k: v for k, v in public_keys("vgg16").items() if "features" in k}, 1),
+            "lpips_vgg": filled(public_keys("lpips_heads_v0.1_vgg"), 1),
+            "pt_inception-2015-12-05-6726825d": filled(public_keys("inception_fid"), 1000),
+            "dino_deitsmall16_pretrain": dino, "dinov2_vits14_pretrain": filled(dinov2["plain"], 1)}.items():
+        torch.save(weights, at / f"{name}.pth")
+    unused = {"logit_scale": (1,), "text_model.final_layer_norm.bias": (64,)}
+    write_safetensors(at / "siglip-large-patch16-256.safetensors", filled(siglip | unused, 1))
     return at
 
 
@@ -789,12 +747,11 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
     """Every term finite and logged from its step on; two processes as one; a run that is killed goes on bit by bit, its
     discriminator and LeCam means too. Batch norm is of groups of 8, as processes on a CPU share no statistics.
     """
-    pictures = np.random.default_rng(0).integers(0, 256, (42, 32, 32, 3), dtype=np.uint8)
     (tmp_path / "pictures").mkdir()
-    for i, pixels in enumerate(pictures):
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (42, 32, 32, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
-    args = ["--weights", made_weights, "--steps", 6, "--stage2-steps", 3, "--save-every", 2, "--data", "pictures"]
-    run = functools.partial(script, "tokenizer", *args, cwd=tmp_path, fields=FULL)
+    run = partial(script, "tokenizer", "--weights", made_weights, "--steps", 6, "--stage2-steps", 3, "--save-every", 2,
+                  "--data", "pictures", cwd=tmp_path, fields=FULL)
     run("--rfid", "--out", "whole")
     whole = log_of(tmp_path / "whole")
     assert len(whole) == 9
@@ -810,10 +767,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
         for name in one.keys() - {"stage"}:
             tolerance = 5e-3 if name in ("adaptive", "grad") else 1e-4     # of small norms
             assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), (name, one, two)
-    victim = run("--out", "cut", background=True)
-    wait_for_step(tmp_path / "cut", 5, victim)
-    victim.kill()
-    victim.wait()
+    kill_when(lambda: logged(tmp_path / "cut", 5), run("--out", "cut", background=True))
     assert "continuing" in run("--out", "cut").stdout
     assert_same(tmp_path / "whole", tmp_path / "cut", "ckpt.pt", "stage1.pt", "log.jsonl")
     assert {"adversary.means", "adversary.net.heads.0.0.0.weight_u"} <= tensors_of(tmp_path / "cut/ckpt.pt").keys()
@@ -821,34 +775,26 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache, tmp_path):
 
 @pytest.fixture
 def all_losses(made_weights, tmp_path):
-    """Settings, targets, LPIPS and adversary of FULL, and a batch."""
+    """Settings of FULL, model, targets, LPIPS, adversary and a batch."""
     def make(**more):
         cfg = tokenizer.Config(**(FULL | {"weights": str(made_weights), "out": str(tmp_path)} | more))
         targets = {name: tokenizer.TARGETS[name](cfg, ONE, None) for name in cfg.target_names()}
-        torch.manual_seed(1)
-        return cfg, targets, fid.load_lpips(cfg.weights, ONE), tokenizer.Adversary(cfg, ONE), images()
-
-    def images():
-        return torch.rand(16, 3, 32, 32) * 2 - 1
+        model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
+        x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        return cfg, model, targets, fid.load_lpips(cfg.weights, ONE), tokenizer.Adversary(cfg, ONE), x
 
     return make
 
 
 class Recorder:
-    """An optimizer that keeps the gradients of each step and changes nothing."""
+    """An optimizer that keeps the gradients of the last step and changes nothing."""
     param_groups = ()
 
     def __init__(self, model):
-        self.model, self.grads = model, []
+        self.model, self.zero_grad, self.state_dict = model, model.zero_grad, dict
 
     def step(self):
-        self.grads.append({k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None})
-
-    def zero_grad(self):
-        self.model.zero_grad()
-
-    def state_dict(self):
-        return {}
+        self.grads = {k: p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("stage, adv_start", [(1, 0), (1, 2), (2, 2)])
@@ -856,46 +802,40 @@ def test_a_step_has_the_gradients_of_the_sum(all_losses, monkeypatch, stage, adv
     """The loop's backward pass from both ends is an arrangement of Eq. 6 plus Eq. 8, not another loss. The adaptive
     weight is that of the last matrix; LPIPS warms up, and L_adv begins, over the steps of both stages.
     """
-    cfg, targets, lpips, adversary, x = all_losses(steps=1, stage2_steps=1, adv_start=adv_start, clip=0.0, aux_weight=0.5)
+    cfg, model, targets, lpips, adversary, x = all_losses(steps=1, stage2_steps=1, adv_start=adv_start, clip=0.0,
+                                                          aux_weight=0.5)
+    targets, on = targets if stage == 1 else {}, stage >= adv_start
     adversary.net.eval()                                 # spectral norm stands still
-    frozen = copy.deepcopy(adversary)
-    model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
-    recorder = Recorder(model)
+    frozen, recorder = copy.deepcopy(adversary), Recorder(model)
     loader = type("Source", (), {"wait_seconds": 0.0, "__call__": lambda self, step: (x, None)})()
     monkeypatch.setattr(tokenizer, "make_optimizers", lambda model, cfg: [recorder])
     monkeypatch.setattr(tokenizer, "Loader", lambda *args: loader)
-    tokenizer.train(cfg, ONE, stage, model, None, targets if stage == 1 else {}, lpips, adversary, None)
-    (ours,), total_step = recorder.grads, stage - 1
+    tokenizer.train(cfg, ONE, stage, model, None, targets, lpips, adversary, None)
 
-    ratio, stream = cfg.mask_max, "mask" if stage == 1 else "mask, stage 2"
+    ratio, stream = cfg.mask_max, "mask, stage 2"
     if stage == 1:
         ratio = tokenizer.sample_mask_ratio(cfg.mask_min, cfg.mask_max, ONE.rng(cfg.seed, "mask ratio", 0))
+        stream = "mask"
     mask = tokenizer.random_mask(16, 16, ratio, ONE.generator(cfg.seed, stream, 0))
     out = model(x, mask)
-    recon, last = out["recon"], model.decoder.head.weight
-    loss = F.mse_loss(recon, x) + min(1, (total_step + 1) / 4) * lpips(recon, x).mean()
-    if total_step + 1 >= adv_start:
-        adv = frozen.generator_loss(recon, total_step, slice(None))
+    loss = F.mse_loss(out["recon"], x) + min(1, stage / 4) * lpips(out["recon"], x).mean()
+    if on:
+        adv, last = frozen.generator_loss(out["recon"], stage - 1, slice(None)), model.decoder.head.weight
         norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (loss, adv)]
-        adaptive = (norms[0] / (norms[1] + 1e-4)).detach()
-        assert adaptive > 0
-        loss = loss + cfg.adv_weight * adaptive * adv
-    for name, target in targets.items() if stage == 1 else ():
-        loss = loss + 0.5 * target.loss(out[name], target.features(x), mask)
+        loss = loss + cfg.adv_weight * (norms[0] / (norms[1] + 1e-4)).detach() * adv
+    loss = loss + sum(0.5 * target.loss(out[name], target.features(x), mask) for name, target in targets.items())
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    assert ours.keys() == trained.keys() and (stage == 1 or all(k.startswith("decoder.") for k in ours))
-    for name, theirs in zip(trained, torch.autograd.grad(loss, trained.values())):
-        assert theirs.abs().max() > 0, name
-        close(ours[name], theirs, 1e-3)
+    assert recorder.grads.keys() == trained.keys() and (stage == 1 or all(k.startswith("decoder.") for k in trained))
+    for name, grad in zip(trained, torch.autograd.grad(loss, trained.values())):
+        assert grad.abs().max() > 0, name
+        close(recorder.grads[name], grad, 1e-3)
     moved = [not torch.equal(a, b) for a, b in zip(frozen.net.parameters(), adversary.net.parameters())]
-    assert all(moved) if total_step + 1 >= adv_start else not any(moved)
-    assert ("adv" in log_of(Path(cfg.out))[0]) == (total_step + 1 >= adv_start)
+    assert (all(moved) if on else not any(moved)) and ("adv" in log_of(cfg.out)[0]) == on
 
 
 def test_each_loss_reaches_its_part_only(all_losses):
-    cfg, targets, lpips, adversary, x = all_losses(adv_start=0)
-    model = tokenizer.Tokenizer(cfg, {name: t.width for name, t in targets.items()})
-    mask, every = torch.arange(16).expand(16, 16) % 2 == 0, {name for name, _ in model.named_parameters()}
+    cfg, model, targets, lpips, adversary, x = all_losses(adv_start=0)
+    mask, names = torch.arange(16).expand(16, 16) % 2 == 0, {name for name, _ in model.named_parameters()}
 
     def touched(net, loss=None):
         if loss is not None:
@@ -905,33 +845,26 @@ def test_each_loss_reaches_its_part_only(all_losses):
         return found
 
     out = model(x, mask)
-    image = sum(tokenizer.image_loss(out["recon"], x, lpips).values()) + adversary.generator_loss(out["recon"], 5, slice(None))
-    assert touched(model, image) == {name for name in every if not name.startswith("aux.")}
+    image = sum(tokenizer.image_loss(out["recon"], x, lpips).values())
+    image = image + adversary.generator_loss(out["recon"], 5, slice(None))
+    assert touched(model, image) == {name for name in names if not name.startswith("aux.")}
     assert touched(adversary.net) and not out["hidden"].requires_grad
     for name, target in targets.items():
-        loss = target.loss(out[name], target.features(x), mask)
-        assert touched(model, loss) == {key for key in every
-                                        if not key.startswith(("decoder.", "aux.")) or key.startswith(f"aux.{name}.")}
+        own = {key for key in names if not key.startswith(("decoder.", "aux.")) or key.startswith(f"aux.{name}.")}
+        assert touched(model, target.loss(out[name], target.features(x), mask)) == own
     adversary.train_step(x, out["recon"].detach(), 5, 1.0)
     assert not touched(model) and not touched(adversary.net)         # its step clears its gradients
-    teacher = fid.load_vit("dinov2_vits14_pretrain", cfg.weights, ONE, "")
-    for net in (lpips, teacher, adversary.net.trunk[0]):
+    for net in (lpips, adversary.net.trunk[0], fid.load_vit("dinov2_vits14_pretrain", cfg.weights, ONE, "")):
         assert not any(p.requires_grad or p.grad is not None for p in net.parameters()) and not net.training
 
 
 def test_augmentation_draws_are_those_of_the_definition():
     rng = np.random.default_rng(0)
     draws = [tokenizer.draw_augmentation(rng, 64, 32, 0.2, 0.5) for _ in range(200)]
-    for name, low, high in (("color", 0, 1), ("shift", -4, 4), ("cutout", 0, 32)):
-        found = [d[name] for d in draws if name in d]
-        assert 70 < len(found) < 130 and found[0].shape == (3 if name == "color" else 2, 64)
-        values = torch.stack(found)
-        if name == "color":
-            assert 0 <= values.min() < 0.01 and 0.99 < values.max() < 1
-        else:
-            assert (values.min(), values.max()) == (low, high)
-    x = torch.rand(2, 3, 32, 32)
-    assert torch.equal(tokenizer.augment(x, {}, 0.2), x)
+    for name, low, high, slack in (("color", 0, 1, 0.01), ("shift", -4, 4, 0), ("cutout", 0, 32, 0)):
+        values = torch.stack([d[name] for d in draws if name in d])
+        assert 70 < len(values) < 130 and values[0].shape == (3 if name == "color" else 2, 64)
+        assert low <= values.min() <= low + slack and high - slack <= values.max() <= high
     assert len(tokenizer.draw_augmentation(rng, 2, 32, 0.5, 1)) == 3
 
 
@@ -940,41 +873,23 @@ def test_augmentation_draws_are_those_of_the_definition():
     {"positions": "table", "dec_class_token": True}, tokenizer.PRESETS["mae_teacher"]], ids=str)
 def test_the_baselines_train(cache, tmp_path, monkeypatch, fields):
     """Two steps of each stage in this process, and what they save loads again. A teacher of 20 steps will do."""
-    monkeypatch.setattr(tokenizer, "cached_classifier",
-                        lambda images, dist, seed: fid.train_classifier(images, dist, seed, 20))
+    monkeypatch.setattr(tokenizer, "cached_classifier", partial(fid.train_classifier, steps=20))
     monkeypatch.setattr(tokenizer, "evaluate", lambda *args: {})
     call("tokenizer", "--steps", 2, "--stage2-steps", 2, "--out", tmp_path / "out", *FP32, fields=fields)
-    lines = log_of(tmp_path / "out")
-    assert len(lines) == 4 and ("kl" in lines[0]) == ("kl" in fields) and (lines[0].get("kl", 1) > 0)
     (stage1, cfg), (stage2, _) = (tokenizer.load_tokenizer(tmp_path / f"out/{name}.pt", CPU) for name in ("stage1", "ckpt"))
-    assert not any(name in lines[2] for name in (*cfg.target_names(), "kl")) and set(cfg.target_names()) <= lines[0].keys()
+    lines, terms = log_of(tmp_path / "out"), {*cfg.target_names(), *fields.keys() & {"kl"}}
+    assert len(lines) == 4 and terms <= lines[0].keys() and not terms & lines[2].keys() and lines[0].get("kl", 1) > 0
     x = data.to_float(data.ImageSet("shapes", cfg.size, "train")[np.arange(2)])
     z = stage2.encode(x)
     assert z.shape == (2, cfg.tokens()[1], cfg.channels) and torch.equal(z, stage1.encode(x))
     assert stage2.decode(z).shape == x.shape
 
 
-def test_flops_are_three_forward_passes_but_for_the_first_matrix(tmp_path):
-    """The log's FLOPs against torch's counter on the CPU, made to use an attention that the counter sees."""
-    for more in ({}, {"latents": 0, "kl": 1.0}, {"decoder": "modulated", "dec_class_token": True, "aux_depth": 0},
-                 {"dec_width": 64, "dec_depth": 2, "dec_heads": 2}):
-        cfg = tokenizer.Config(out=str(tmp_path), **more)
-        model, x = tokenizer.Tokenizer(cfg, {"hog": 108, "dinov2": 384}), torch.zeros(1, 3, 32, 32)
-        mask = torch.zeros(1, 16, dtype=torch.bool)
-        log = data.Log(cfg, ONE, "stage 1", 0, 9, type("Source", (), {"wait_seconds": 0.0}))
-        log.count_flops(model, x, mask)
-        counter = torch.utils.flop_counter.FlopCounterMode(display=False)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-            model(x, mask)
-        first = 2 * 16 * model.encoder.patch_embed.weight.numel()    # no gradient flows into the image
-        assert log.flops == 3 * counter.get_total_flops() - first
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms
 
 
-def test_patches_and_masks():
+def test_patches_masks_and_flops(tmp_path):
     x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
     p = tokenizer.patchify(x, 4)
     assert p.shape == (2, 4, 48) and torch.equal(tokenizer.unpatchify(p, 4), x)
@@ -988,14 +903,24 @@ def test_patches_and_masks():
     target[0, 1:3] = torch.tensor([[100.0], [3.0]])
     assert tokenizer.masked_mse(prediction, target, mask) == 4.5   # hidden patches only
 
-
-def test_hidden_pixels_do_not_reach_the_latents():
-    model = tokenizer.Tokenizer(tokenizer.Config()).eval()
-    x, mask = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 16, dtype=torch.bool)
-    mask[:, :9] = True
+    model, x = tokenizer.Tokenizer(tokenizer.Config()).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    mask = torch.arange(16).expand(2, 16) < 9            # what it hides does not reach the latents
     other = tokenizer.unpatchify(torch.where(mask[..., None], torch.randn(2, 16, 192), tokenizer.patchify(x, 8)), 8)
     torch.testing.assert_close(model.encode(x, mask), model.encode(other, mask))
     assert not torch.allclose(model.encode(x), model.encode(other))
+
+    # The log's FLOPs against torch's counter on the CPU, made to use an attention that the counter sees
+    for more in ({}, {"latents": 0, "kl": 1.0}, {"decoder": "modulated", "dec_class_token": True, "aux_depth": 0},
+                 {"dec_width": 64, "dec_depth": 2, "dec_heads": 2}):
+        cfg = tokenizer.Config(out=str(tmp_path), **more)
+        model = tokenizer.Tokenizer(cfg, {"hog": 108, "dinov2": 384})
+        log = data.Log(cfg, ONE, "stage 1", 0, 9, type("Source", (), {"wait_seconds": 0.0}))
+        log.count_flops(model, x, mask)
+        counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+            model(x[:1], mask[:1])
+        first = 2 * 16 * model.encoder.patch_embed.weight.numel()    # no gradient flows into the image
+        assert log.flops == 3 * counter.get_total_flops() - first
 
 
 def test_gaussian_data_is_solved_with_the_right_order():
@@ -1006,15 +931,13 @@ def test_gaussian_data_is_solved_with_the_right_order():
         variance = (1 - t) ** 2 * s**2 + t**2
         return (t - (1 - t) * s**2) / variance * (x - (1 - t) * m) - m
 
-    noise = torch.randn(4000, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
     def error(steps, heun):
         return (diffusion.sample_ode(velocity, noise, steps, heun) - (m + s * noise)).abs().mean()
 
+    noise = torch.randn(4000, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert error(40, False) / error(80, False) == pytest.approx(2, abs=0.15)
     assert error(40, True) / error(80, True) == pytest.approx(4, abs=0.8)
-    g = torch.Generator().manual_seed(1)
-    draw = functools.partial(torch.randn, noise.shape, dtype=torch.float64, generator=g)
+    draw = partial(torch.randn, noise.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = diffusion.sample_sde(velocity, noise, 400, "linear", draw)
     assert (x.mean().item(), x.std().item()) == pytest.approx((m, s), abs=0.03)
 
@@ -1061,33 +984,8 @@ def test_guidance_its_interval_and_autoguidance():
     assert (good - null).abs().max() > 1e-3
 
 
-def test_lightning_is_sit_with_other_parts():
-    torch.manual_seed(0)
-    sit, lightning = (diffusion.SiT(6, 3, 5, 24, 2, 2, style=style) for style in ("sit", "lightning"))
-    assert not hasattr(lightning, "pos_embed") and isinstance(lightning.blocks[0].attn.q_norm, torch.nn.RMSNorm)
-    assert isinstance(lightning.blocks[1].mlp, diffusion.SwiGlu) and isinstance(sit.blocks[1].mlp, tokenizer.Mlp)
-    x, t, y = torch.randn(2, 6, 3), torch.rand(2), torch.tensor([0, 5])
-    out = shaken(lightning)(x, t, y)
-    order = torch.tensor([1, 0, 2, 3, 4, 5])
-    assert (lightning(x[:, order], t, y) - out[:, order]).abs().max() > 2e-5           # it knows the places
-    lightning.cos.fill_(1)
-    lightning.sin.fill_(0)
-    torch.testing.assert_close(lightning(x[:, order], t, y), lightning(x, t, y)[:, order])       # by RoPE alone
-    v = torch.randn(2, 6, 3)
-    for scale, cosine, expected in ((2, 1.0, v.square()), (-1, 0.5, 4 * v.square() + 1)):        # parallel, opposite
-        loss = diffusion.velocity_loss(lambda *_, scale=scale: scale * v, v * 0, v, t, y, "linear", cosine)
-        close(loss, expected.mean((1, 2)), 1e-5)
-    assert diffusion.PRESETS["lightning-xl"]["beta2"] == 0.95 and "style" not in diffusion.PRESETS["sit-xl"]
-
-
-def test_normalising_latents_and_back_changes_nothing():
-    mean, std, z = torch.randn(4), torch.rand(4) + 0.1, torch.rand(5, 3, 4) * 2 - 1
-    identity = type("Identity", (), {"decode": lambda self, x: x})()
-    assert torch.equal(diffusion.latent_decoder(identity, mean, std, ONE)((z - mean) / std), data.to_uint8(z))
-
-
-def test_cost_of_sampling_is_counted():
-    rows = []
+def test_network_calls_are_counted():
+    rows, noise = [], torch.randn(2, 4, 3)
 
     class Net:
         null_class = 3
@@ -1096,7 +994,6 @@ def test_cost_of_sampling_is_counted():
             rows.append(len(x))
             return torch.zeros_like(x)
 
-    noise = torch.randn(2, 4, 3)
     for sampler, (low, high, scale) in itertools.product(
             ("euler", "heun", "sde"), ((0.0, 1.0, 2.0), (0.2, 0.75, 2.0), (0.3, 0.7, 1.0))):
         rows.clear()
@@ -1109,19 +1006,32 @@ def test_cost_of_sampling_is_counted():
         assert sum(rows) == 2 * sampling.nfe_with_guidance() and len(rows) == sampling.nfe()
 
 
-def test_frechet_distance_in_closed_form_and_against_scipy():
-    eye, zero = torch.eye(6), torch.zeros(6)
+def test_lightning_is_sit_with_other_parts():
+    torch.manual_seed(0)
+    sit, lightning = (diffusion.SiT(6, 3, 5, 24, 2, 2, style=style) for style in ("sit", "lightning"))
+    assert not hasattr(lightning, "pos_embed") and isinstance(lightning.blocks[0].attn.q_norm, torch.nn.RMSNorm)
+    assert isinstance(lightning.blocks[1].mlp, diffusion.SwiGlu) and isinstance(sit.blocks[1].mlp, tokenizer.Mlp)
+    x, v, t, y = torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.rand(2), torch.tensor([0, 5])
+    out, order = shaken(lightning)(x, t, y), torch.tensor([1, 0, 2, 3, 4, 5])
+    assert (lightning(x[:, order], t, y) - out[:, order]).abs().max() > 2e-5           # it knows the places
+    lightning.cos.fill_(1)
+    lightning.sin.fill_(0)
+    torch.testing.assert_close(lightning(x[:, order], t, y), lightning(x, t, y)[:, order])       # by RoPE alone
+    for scale, cosine, expected in ((2, 1.0, v.square()), (-1, 0.5, 4 * v.square() + 1)):        # parallel, opposite
+        loss = diffusion.velocity_loss(lambda *_, scale=scale: scale * v, v * 0, v, t, y, "linear", cosine)
+        close(loss, expected.mean((1, 2)), 1e-5)
+    assert diffusion.PRESETS["lightning-xl"]["beta2"] == 0.95 and "style" not in diffusion.PRESETS["sit-xl"]
+
+
+def test_scores_in_closed_form_and_against_scipy_and_skimage():
+    eye, zero, rng = torch.eye(6), torch.zeros(6), np.random.default_rng(0)
     assert fid.frechet_distance(zero, eye, zero + 2, eye) == pytest.approx(24)
     assert fid.frechet_distance(zero, 4 * eye, zero, 9 * eye) == pytest.approx(6 * (2 - 3) ** 2)
     refused(fid.frechet_distance, zero * math.nan, eye, zero, eye, message="not finite")
-    rng = np.random.default_rng(0)
     a, b = (m @ m.T + np.eye(20) for m in rng.normal(size=(2, 20, 20)))
     mean = rng.normal(size=20)
     expected = mean @ mean + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
     assert fid.frechet_distance(mean, a, 0 * mean, b) == pytest.approx(expected, rel=1e-9)
-
-
-def test_scores_in_closed_form():
     for logits, expected in ((torch.zeros(50, 10), 1), (1000 * torch.eye(10).repeat(5, 1), 10)):
         score = fid.InceptionScore(50, CPU, 5000, 10)
         score.add(torch.arange(50), logits)
@@ -1129,18 +1039,13 @@ def test_scores_in_closed_form():
     x = torch.randn(60, 5)
     assert fid.precision_recall(x, x) == (1, 1) and fid.precision_recall(x, x + 100) == (0, 0)
     refused(fid.precision_recall, x[:3], x, message="more than 3 images")
-
-
-def test_moments_do_not_depend_on_order_or_batches_by_a_bit():
     features = 3 * torch.randn(3000, 7)
     mean, cov = moments(features, 1000)
-    for size in (1, 333):
+    for size in (1, 333):                                # neither order nor batches move a bit
         again = moments(features[torch.randperm(3000)], size)
         assert torch.equal(again[0], mean) and torch.equal(again[1], cov)
     close(cov, torch.cov(features.double().T), 1e-4)
 
-
-def test_psnr_and_ssim():
     a = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     b = (a.int() + 10).clamp(max=255).to(torch.uint8)
     apart = fid.psnr(torch.zeros_like(a), torch.full_like(a, 16))
@@ -1153,7 +1058,7 @@ def test_psnr_and_ssim():
         assert s == pytest.approx(theirs, abs=1e-6)
 
 
-def test_mixtures_count_the_modes_of_a_mixture():
+def test_mixtures_probe_and_components():
     g = torch.Generator().manual_seed(0)
     modes = torch.tensor([[1.0, 1, 0], [-1, 1, 0], [1, -1, 0], [-1, -1, 1]]) * 6
     train, val = (modes[torch.randint(4, (n,), generator=g)] + torch.randn(n, 3, generator=g) for n in (2000, 1000))
@@ -1169,9 +1074,6 @@ def test_mixtures_count_the_modes_of_a_mixture():
     exact = torch.distributions.MultivariateNormal(means, covariances).log_prob(val.double()[:, None]) + weights.log()
     close(fid.gmm_log_prob(val.double(), weights, means, covariances), exact, 1e-9)
 
-
-def test_probe_and_components():
-    g = torch.Generator().manual_seed(0)
     y, v = torch.randint(3, (600,), generator=g), torch.randint(3, (300,), generator=g)
     z, w = (5 * torch.eye(3)[c] + torch.randn(len(c), 3, generator=g) for c in (y, v))
     assert fid.linear_probe(z, y, w, v, 3) > 0.95
@@ -1182,14 +1084,7 @@ def test_probe_and_components():
     assert share[0].item() == pytest.approx(0.9, abs=0.02) and axes[0, 0].abs() > 0.99
 
 
-def test_learning_rate_schedules():
-    for schedule, end in (("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)):
-        rates = [data.lr_schedule(step, 100, 10, schedule) for step in range(101)]
-        assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[100] == pytest.approx(end)
-        assert all(np.diff(rates[10:]) <= 0)
-
-
-def test_muon_is_torchs():
+def test_muon_is_torchs_and_the_learning_rate_follows_its_schedule():
     """Matrices of a shape orthogonalised together give what torch does one by one, up to bf16; its state, too."""
     torch.manual_seed(0)
     shapes = [(48, 16), (16, 16), (16, 64), (48, 16), (16, 64), (9, 9)]
@@ -1209,23 +1104,58 @@ def test_muon_is_torchs():
             mine.load_state_dict(copy.deepcopy(torchs.state_dict()))     # a checkpoint that torch's left
     for one, two in zip(ours, theirs):
         assert one.grad is None or torch.equal(mine.state[one]["momentum_buffer"], torchs.state[two]["momentum_buffer"])
+    for schedule, end in (("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)):
+        rates = [data.lr_schedule(step, 100, 10, schedule) for step in range(101)]
+        assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[100] == pytest.approx(end)
+        assert all(np.diff(rates[10:]) <= 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
 
-def test_shapes_are_a_pure_function_and_not_trivial(cache):
+def both(folder, size=0) -> list[data.ImageSet]:
+    """The splits of a data set, as the next process would read them."""
+    data.prepare.cache_clear()
+    return [data.ImageSet(str(folder), size, split) for split in ("train", "val")]
+
+
+def make_folder(root: Path, n=30, classes=("cat", "dog"), size=20):
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.full((size, size, 3), (8 * i % 256, 100 * k, 40), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def times(folder: Path) -> dict:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.npy")}
+
+
+def test_shapes_are_a_pure_function_and_batches_share_them_out(cache):
+    """Also: a linear model on the pixels knows a little, not all. Batches cover each epoch, disjoint across processes."""
     x, y = data.render_shapes(np.arange(40), 32)
     assert torch.equal(data.render_shapes(np.array([17, 3]), 32)[0], x[[17, 3]]) and x.dtype == torch.uint8
     assert not torch.equal(data.render_shapes(np.arange(4), 32, seed=1)[0], x[:4])
-    train, val = (data.ImageSet("shapes", 32, split) for split in ("train", "val"))
+    train, val = both("shapes", 32)
     assert (len(train), len(val), train.classes) == (20_000, 2_000, list(data.SHAPES))
     assert torch.equal(train[np.arange(40)], x) and torch.equal(train.labels[:40], y)
     assert torch.bincount(val.labels).tolist() == [200] * 10
     pixels = [data.to_float(s[np.arange(n)]).flatten(1) for s, n in ((train, 8000), (val, 2000))]
     accuracy = fid.linear_probe(pixels[0], train.labels[:8000], pixels[1], val.labels, 10, iterations=20)
     assert 0.15 < accuracy < 0.45
+
+    seen = np.concatenate([data.batch_indices(103, 10, 7, step) for step in range(31)])
+    for epoch in range(3):
+        assert sorted(seen[103 * epoch:103 * (epoch + 1)]) == list(range(103))
+    assert not np.array_equal(seen[:103], seen[103:206])
+    assert [i for r in range(4) for i in range(52)[data.Dist(r, 4).local_slice(52)]] == list(range(52))
+    whole, labels = data.Loader(train, 8, 0, ONE)(3)
+    assert torch.equal(whole, torch.cat([data.Loader(train, 8, 0, data.Dist(r, 2))(3)[0] for r in range(2)]))
+    index = data.batch_indices(len(train), 8, 0, 3)
+    kept, mirrored = (data.to_uint8(whole) == x for x in (train[index], train[index].flip(3)))
+    kept, mirrored = kept.flatten(1).all(1), mirrored.flatten(1).all(1)
+    assert (kept ^ mirrored).all() and kept.any() and mirrored.any() and torch.equal(labels, train.labels[index])
 
 
 @pytest.mark.parametrize("mode, suffix", [
@@ -1250,20 +1180,6 @@ def test_center_crop_follows_adm():
     image = Image.fromarray((np.indices((100, 300)).sum(0) % 256).astype(np.uint8)).convert("RGB")
     by_hand = image.resize((150, 50), Image.Resampling.BOX).resize((96, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(data.center_crop(image, 32)), np.asarray(by_hand.crop((32, 0, 64, 32))))
-
-
-def make_folder(root: Path, n=30, classes=("cat", "dog"), size=20):
-    for k, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(n):
-            Image.fromarray(np.full((size, size, 3), (8 * i % 256, 100 * k, 40), np.uint8)).save(root / name / f"{i}.png")
-    return root
-
-
-def both(folder, size=0) -> list[data.ImageSet]:
-    """The splits of a data set, as the next process would read them."""
-    data.prepare.cache_clear()
-    return [data.ImageSet(str(folder), size, split) for split in ("train", "val")]
 
 
 def test_a_folder_is_packed_split_and_reread(tmp_path, cache):
@@ -1322,51 +1238,31 @@ def test_shards_are_whole_or_absent_and_shared_out(tmp_path, monkeypatch):
     cut = True
     with pytest.raises(KeyboardInterrupt):
         shards()
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "s").iterdir()}
+    before, cut = times(tmp_path / "s"), False
     (tmp_path / "s/00003-cut.npy.1.part").write_bytes(b"\x93NUM")     # a kill left it
-    cut = False
     found = shards()
-    assert calls == [0, 10, 20, 30, 40] and all(p.stat().st_mtime_ns == at for p, at in before.items())
+    assert calls == [0, 10, 20, 30, 40] and len(before) == 2 and before.items() <= times(tmp_path / "s").items()
+    assert found.shape == rows.shape and len(found) == 47
     for index in (np.arange(47), np.array([46, 0, 10, 9, 9]), np.array([3])):
         assert np.array_equal(found[index], rows[index])
-    assert found.shape == rows.shape and len(found) == 47
     refused(shards, "s", "that", message="was made of other")
-    np.savez(tmp_path / "numpy.npz", arr_0=rows, labels=np.arange(47), classes=np.array(["a", "bc"]))
-    sample.save_npz(tmp_path / "ours.npz", found, labels=np.arange(47), classes=np.array(["a", "bc"]))
-    assert_same(tmp_path, tmp_path, "ours.npz")
-    with np.load(tmp_path / "numpy.npz") as a, np.load(tmp_path / "ours.npz") as b:
-        assert a.files == b.files and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a.files)
-    assert isinstance(fid.npz_array(tmp_path / "ours.npz", "arr_0"), np.memmap)
-    monkeypatch.setattr(data.Dist, "barrier", lambda self: None)
-    calls.clear()
     (tmp_path / "two").mkdir()
-    refused(shards, "two", "this", data.Dist(1, 2), message="two")     # the other's are not there yet
+    calls.clear()
+    monkeypatch.setattr(data.Dist, "barrier", lambda self: None)
+    refused(shards, "two", "this", data.Dist(1, 2), message="two")   # the other's are not there yet
     assert calls == [10, 30] and len(shards("two", "this", data.Dist(0, 2))) == 47 and calls == [10, 30, 0, 20, 40]
-    assert_same(tmp_path / "s", tmp_path / "two", *(p.name for p in (tmp_path / "two").iterdir()))
+    assert all((tmp_path / "s" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "two").iterdir())
+    arrays = {"labels": np.arange(47), "classes": np.array(["a", "bc"])}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    np.savez(tmp_path / "a/x.npz", arr_0=rows, **arrays)
+    sample.save_npz(tmp_path / "b/x.npz", found, **arrays)
+    assert_same(tmp_path / "a", tmp_path / "b", "x.npz")
+    assert isinstance(fid.npz_array(tmp_path / "b/x.npz", "arr_0"), np.memmap)
 
 
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
-    """Peak of what numpy and Python allocate, in packing a folder and in writing samples.npz."""
-    def peak(work, *args):
-        tracemalloc.start()
-        work(*args)
-        _, most = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return most
-
-    def write_samples(out, n):
-        made = data.make_shards(tmp_path / out, n, 100, lambda a, b: np.zeros((b - a, 64, 64, 3), np.uint8), n, ONE, "")
-        sample.save_npz(tmp_path / f"{out}.npz", made)
-
-    monkeypatch.setattr(data, "shard_length", lambda size: 20)
-    folders = [make_folder(tmp_path / f"f{n}", n, ("all",)) for n in (60, 240)]
-    peaks = [peak(write_samples, f"s{i}", n) for i, n in enumerate((300, 300, 1200))]
-    assert peaks[2] < 1.1 * peaks[1]
-    peaks = [peak(data.pack, root, 160, tmp_path / f"p{i}", 2) for i, root in enumerate((folders[0], *folders))]
-    assert peaks[2] < 1.2 * peaks[1]
-
-
-def test_packing_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+def test_packing_goes_on_where_it_was_cut_and_memory_does_not_grow(tmp_path, monkeypatch):
+    """Peak of what numpy and Python allocate, in packing a folder and in writing samples.npz, at two sizes."""
     root, honest, seen = make_folder(tmp_path / "x", 300), data.read_image, []
 
     def cut(path, size):
@@ -1379,40 +1275,53 @@ def test_packing_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "read_image", cut)
     with pytest.raises(KeyboardInterrupt):
         data.pack(root, 8, tmp_path / "out", 1)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npy")}
+    before = times(tmp_path / "out")
     data.pack(root, 8, tmp_path / "out", 1)
     data.pack(root, 8, tmp_path / "whole")
-    assert len(before) == 2 and all(p.stat().st_mtime_ns == at for p, at in before.items())
+    assert len(before) == 2 and before.items() <= times(tmp_path / "out").items()
     assert_same(tmp_path / "whole", tmp_path / "out", "images", "labels.npy", "meta.json")
+
+    def peak(work, *args):
+        tracemalloc.start()
+        work(*args)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    def write_samples(out, n):
+        images = data.make_shards(tmp_path / out, n, 100, lambda a, b: np.zeros((b - a, 64, 64, 3), np.uint8), n, ONE, "")
+        sample.save_npz(tmp_path / f"{out}.npz", images)
+
+    _, few, many = (peak(write_samples, f"s{i}", n) for i, n in enumerate((300, 300, 1200)))
+    assert many < 1.1 * few
+    monkeypatch.setattr(data, "shard_length", lambda size: 20)
+    folders = [make_folder(tmp_path / f"f{i}", n, ("all",)) for i, n in enumerate((60, 60, 240))]
+    _, few, many = (peak(data.pack, root, 160, tmp_path / f"p{i}", 2) for i, root in enumerate(folders))
+    assert many < 1.2 * few
 
 
 @pytest.fixture
 def server(tmp_path):
     """Serves tmp_path/served; the first answer for a name in `broken` stops half way."""
-    broken = set()
-    (tmp_path / "served").mkdir()
+    broken, served = set(), tmp_path / "served"
+    served.mkdir()
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path / "served"))
-
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.lstrip("/")
-            if name not in broken:
-                return super().do_GET()
-            broken.discard(name)
-            content = (tmp_path / "served" / name).read_bytes()
+            content = (served / name).read_bytes()
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            return self.wfile.write(content[: len(content) // 2])
+            self.wfile.write(content[:len(content) // 2] if name in broken else content)
+            broken.discard(name)
 
         def log_message(self, *args):
             """Keep the test's output clean."""
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield tmp_path / "served", f"http://127.0.0.1:{httpd.server_port}/", broken
+    yield served, f"http://127.0.0.1:{httpd.server_port}/", broken
     httpd.shutdown()
 
 
@@ -1429,33 +1338,35 @@ def write_tar(path: Path, members: dict[str, bytes]) -> str:
 def test_named_sets_are_downloaded_checked_and_read(server, tmp_path, monkeypatch):
     served, url, broken = server
     monkeypatch.setenv("MAETOK_CACHE", str(tmp_path / "cache"))
+
+    def publish(name, archive, members):
+        monkeypatch.setattr(data, f"{name}_SHA256", write_tar(served / archive, members))
+        monkeypatch.setattr(data, name, url + archive)
+
     rows = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
     rows[:, 0] = np.arange(60) % 10
-    members = {f"x/data_batch_{i + 1}.bin" if i < 5 else "x/test_batch.bin": rows[10 * i:10 * i + 10].tobytes()
-               for i in range(6)}
-    sha256 = write_tar(served / "made.tar.gz", members | {"x/batches.meta.txt": "\n".join("abcdefghij").encode()})
-    monkeypatch.setattr(data, "CIFAR10", url + "made.tar.gz")
-    monkeypatch.setattr(data, "CIFAR10_SHA256", "0" * 64)
-    refused(both, "cifar10", 32, message="invalid hash")
-    assert not list((tmp_path / "cache").glob("made*"))
-    monkeypatch.setattr(data, "CIFAR10_SHA256", sha256)
+    files = [*(f"x/data_batch_{i}.bin" for i in range(1, 6)), "x/test_batch.bin"]
+    members = {name: rows[10 * i:10 * i + 10].tobytes() for i, name in enumerate(files)}
+    publish("CIFAR10", "made.tar.gz", members | {"x/batches.meta.txt": "\n".join("abcdefghij").encode()})
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "CIFAR10_SHA256", "0" * 64)
+        refused(both, "cifar10", 32, message="invalid hash")
     broken.add("made.tar.gz")
-    refused(both, "cifar10", 32, message="cannot get made.tar.gz")     # the half that came is not used,
-    train, val = both("cifar10", 32)                                   # and the next call starts over
+    refused(both, "cifar10", 32, message="cannot get cifar-10-binary.tar.gz from")     # the half that came is not used,
+    assert not list((tmp_path / "cache").iterdir())
+    train, val = both("cifar10", 32)                     # and the next call starts over
     assert len(train) == 50 and train.classes == list("abcdefghij") and len(val) == 10
     assert np.array_equal(train[np.arange(50)].flatten(1).numpy(), rows[:50, 1:])
+
     picture = io.BytesIO()
     Image.new("RGB", (40, 30)).save(picture, "JPEG")
-    whole = {f"imagenette2-320/{split}/n01/{i}.JPEG": picture.getvalue() for split in ("train", "val") for i in range(3)}
-    for name, members, message in (("evil.tgz", {"../../outside.txt": b"x"}, "outside the destination"),
-                                   ("good.tgz", whole, "")):
-        monkeypatch.setattr(data, "IMAGENETTE", url + name)
-        monkeypatch.setattr(data, "IMAGENETTE_SHA256", write_tar(served / name, members))
-        if message:
-            refused(both, "imagenette", 16, message=message)
-            assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "cache/imagenette-files").exists()
-        else:
-            assert [len(part) for part in both("imagenette", 16)] == [3, 3]
+    publish("IMAGENETTE", "evil.tgz", {"../../outside.txt": b"x"})
+    refused(both, "imagenette", 16, message="outside the destination")
+    assert not list(tmp_path.rglob("outside.txt")) and not (tmp_path / "cache/imagenette-files").exists()
+    (tmp_path / "cache/imagenette2-320.tgz").unlink()
+    publish("IMAGENETTE", "good.tgz", {f"imagenette2-320/{split}/n01/{i}.JPEG": picture.getvalue()
+                                       for split in ("train", "val") for i in range(3)})
+    assert [len(part) for part in both("imagenette", 16)] == [3, 3]
 
 
 def test_pretrained_weights_are_found_fetched_checked_or_asked_for(server, tmp_path, monkeypatch):
@@ -1466,131 +1377,108 @@ def test_pretrained_weights_are_found_fetched_checked_or_asked_for(server, tmp_p
     known = {"with hash": (url + "net.pth", sha256), "without": (url + "net.pth", ""),
              "wrong": (url + "net.pth", "0" * 8), "gone": ("http://127.0.0.1:9/gone.pth", "")}
     monkeypatch.setattr(fid, "WEIGHTS", known)
+
+    def fetch(name, at=folder):
+        return fid.pretrained(name, str(at), "--lpips 0")["a"]
+
     for name, message in (("wrong", "invalid hash"), ("gone", "refused")):
-        said = refused(fid.pretrained, name, str(folder), "--lpips 0", message=message)
+        said = refused(fetch, name, message=message)
         assert known[name][0] in said and str(folder / f"{name}.pth") in said and "--weights" in said
         assert said.endswith("do without: --lpips 0")
     broken.add("net.pth")                                # no hash is known, but half a file is not taken
-    refused(fid.pretrained, "without", str(folder), "", message="cannot get without.pth")
+    refused(fetch, "without", message="cannot get without.pth")
     assert not list(folder.iterdir())
     for name in ("without", "with hash"):
-        assert torch.equal(fid.pretrained(name, str(folder), "")["a"], weights["a"])
+        assert torch.equal(fetch(name), weights["a"])
     (served / "net.pth").unlink()
-    assert torch.equal(fid.pretrained("without", str(folder), "")["a"], weights["a"])      # not fetched again
+    assert torch.equal(fetch("without"), weights["a"])   # not fetched again
     (folder / "gone.pth").write_bytes(b"half")
-    refused(fid.pretrained, "gone", str(folder), "", message="gone.pth is not a file of weights")
+    refused(fetch, "gone", message="gone.pth is not a file of weights")
     write_safetensors(folder / "wrong.safetensors", weights)
-    assert torch.equal(fid.pretrained("wrong", str(folder), "")["a"], weights["a"])
+    assert torch.equal(fetch("wrong"), weights["a"])
     (tmp_path / "file").touch()
-    refused(fid.pretrained, "without", str(tmp_path / "file/below"), "", message=str(tmp_path / "file"))
+    refused(fetch, "without", tmp_path / "file/below", message=str(tmp_path / "file"))
 
 
 def test_safetensors_are_read_and_refused(tmp_path):
     path, body = tmp_path / "x.safetensors", np.arange(24, dtype=np.uint8).tobytes()
 
-    def write(header, length=None):
+    def read(header, length=None):
         text = header if isinstance(header, bytes) else json.dumps(header).encode()
         path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + body)
+        return fid.read_weights(path)
 
     def entry(dtype, shape, start, stop):
         return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
     kinds = {"F32": np.float32, "F64": np.float64, "I64": np.int64, "U8": np.uint8, "F16": np.float16}
     for pad, (dtype, kind) in itertools.product(range(4), kinds.items()):              # at odd addresses, too
-        header = {"__metadata__": {}, "a": entry(dtype, [24 // kind().itemsize], 0, 24)}
-        write(json.dumps(header).encode() + b" " * pad)
-        assert np.array_equal(fid.read_weights(path)["a"].numpy(), np.frombuffer(body, kind), equal_nan=True)
-    write({"a": entry("BF16", [2, 3], 4, 16), "s": entry("F32", [], 0, 4), "e": entry("F32", [0, 7], 4, 4)})
-    found = fid.read_weights(path)
-    assert (found["a"].dtype, found["a"].shape, found["s"].shape) == (torch.bfloat16, (2, 3), ())
-    assert found["e"].shape == (0, 7)
+        header = json.dumps({"__metadata__": {}, "a": entry(dtype, [24 // kind().itemsize], 0, 24)}).encode() + b" " * pad
+        assert np.array_equal(read(header)["a"].numpy(), np.frombuffer(body, kind), equal_nan=True)
+    found = read({"a": entry("BF16", [2, 3], 4, 16), "s": entry("F32", [], 0, 4), "e": entry("F32", [0, 7], 4, 4)})
+    assert found["a"].dtype == torch.bfloat16
+    assert {name: tuple(x.shape) for name, x in found.items()} == {"a": (2, 3), "s": (), "e": (0, 7)}
     whole = {"a": entry("F32", [3], 0, 12), "b": entry("F32", [3], 12, 24)}
-    for header, length in [
-            ({**whole, "b": entry("F32", [3], 8, 20)}, None),                          # overlaps
-            ({**whole, "b": entry("F32", [4], 12, 28)}, None),                         # ends outside
-            (whole, 2**62), (whole, 10**6), (b"{", None), ([1], None), ({"a": 3}, None), (b"\xff\xfe", None),
-            (json.dumps(whole).replace('"b"', '"a"').encode(), None),                  # a name stands twice
-            *(({"a": entry(*case)}, None) for case in (
-                ("F32", [4], 0, 12), ("F32", [-1], 12, 8), ("F32", [-1, -3], 0, 12), ("F32", [3.0], 0, 12),
-                ("F33", [3], 0, 12), ("U8", [True], 0, 1), ("F32", [2**62, 4], 0, 12), ("F32", [2**63, 0], 0, 0),
-                ("F32", [2**40, 2**40, 0], 0, 0), ("F32", [1] * 9, 0, 4)))]:
-        write(header, length)
-        refused(fid.read_weights, path, message="x.safetensors is not a file of weights")
+    twice = json.dumps(whole).replace('"b"', '"a"').encode()
+    for header in (b"{", [1], {"a": 3}, b"\xff\xfe", twice, *({**whole, "b": entry("F32", *case)} for case in (
+                       ([3], 8, 20), ([4], 12, 28), ([3], 13, 25))), *({"a": entry(*case)} for case in (
+            ("F32", [4], 0, 12), ("F32", [-1], 12, 8), ("F32", [-1, -3], 0, 12), ("F32", [3.0], 0, 12),
+            ("F33", [3], 0, 12), ("U8", [True], 0, 1), ("F32", [2**62, 4], 0, 12), ("F32", [2**63, 0], 0, 0),
+            ("F32", [2**40, 2**40, 0], 0, 0), ("F32", [1] * 9, 0, 4)))):
+        refused(read, header, message="x.safetensors is not a file of weights")
+    for length in (2**62, 10**6):
+        refused(read, whole, length, message="x.safetensors is not a file of weights")
     path.write_bytes(b"abc")
     refused(fid.read_weights, path, message="x.safetensors is not a file of weights")
-
-
-def test_batches_cover_each_epoch_and_are_disjoint_across_ranks(tmp_path):
-    seen = np.concatenate([data.batch_indices(103, 10, 7, step) for step in range(31)])
-    for epoch in range(3):
-        assert sorted(seen[103 * epoch:103 * (epoch + 1)]) == list(range(103))
-    assert not np.array_equal(seen[:103], seen[103:206])
-    rows = [list(range(52))[data.Dist(r, 4).local_slice(52)] for r in range(4)]
-    assert [i for part in rows for i in part] == list(range(52))
-    data.pack(make_folder(tmp_path / "x", 5), 8, tmp_path / "packed")
-    images, _ = both(tmp_path / "packed")
-    whole, labels = data.Loader(images, 8, 0, ONE)(3)
-    halves = [data.Loader(images, 8, 0, data.Dist(r, 2))(3)[0] for r in range(2)]
-    assert torch.equal(whole, torch.cat(halves))
-    index = data.batch_indices(len(images), 8, 0, 3)
-    assert torch.equal(data.to_uint8(whole), images[index]) and torch.equal(labels, images.labels[index])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripts, end to end
 
 
-def test_the_four_scripts_run_and_write_what_they_say(chain):
-    out, said = chain
-    metrics = json.loads((out / "tokenizer/metrics.json").read_text())
+def test_the_four_scripts_write_what_they_say(chain):
+    metrics, rows, scores = (json.loads((chain / name / "metrics.json").read_text())
+                             for name in ("tokenizer", "diffusion", "samples"))
     assert metrics["latents_unchanged_by_stage2"] is True
-    assert {"psnr", "ssim"} <= metrics["stage2"].keys() and 0 <= metrics["linear_probe"] <= 1
+    assert {"psnr", "ssim", "fd_classifier"} == metrics["stage2"].keys() and 0 <= metrics["linear_probe"] <= 1
     for picture in ("tokenizer/recon.png", "diffusion/samples.png", "samples/grid.png"):
-        assert Image.open(out / picture).size[0] > 100
-    rows = json.loads((out / "diffusion/metrics.json").read_text())["rows"]
-    real = rows["real validation images"]
+        assert Image.open(chain / picture).size[0] > 100
+    rows, real = rows["rows"], rows["rows"]["real validation images"]
     assert real["class_accuracy"] > 0.9 and rows["decoded noise"]["fd_classifier"] > real["fd_classifier"]
     assert 0 < rows["samples"]["fd_to_reconstructions"] != rows["samples"]["fd_classifier"]
-    with np.load(out / "samples/samples.npz") as z:
+    with np.load(chain / "samples/samples.npz") as z:
         assert z["arr_0"].shape == (30, 16, 16, 3) and z["arr_0"].dtype == np.uint8
         assert z["labels"].tolist() == [i % 10 for i in range(30)] and z["classes"].tolist() == list(data.SHAPES)
         assert json.loads(str(z["meta"])).items() >= {"data": "shapes", "size": 16, "training_steps": 10}.items()
-    scores = json.loads((out / "samples/metrics.json").read_text())
     assert scores["samples"]["images"] == 30 and scores["sampling"]["sampler"] == "heun"
-    assert "fid" not in scores["samples"] and "fd_classifier" in said["fid"] and "psnr" in said["tokenizer"]
-    assert not (out / "samples/parts").exists()
-    script("fid", "latents", out / "tokenizer/stage1.pt", out / "tokenizer/ckpt.pt", "--out", out / "l", cwd=out)
-    one, two = json.loads((out / "l/analysis.json").read_text())["rows"].values()
+    assert "fid" not in scores["samples"] and not (chain / "samples/parts").exists()
+    call("fid", "latents", chain / "tokenizer/stage1.pt", chain / "tokenizer/ckpt.pt", "--out", chain / "l")
+    one, two = json.loads((chain / "l/analysis.json").read_text())["rows"].values()
     assert one == two and len(one["mixture_nll_per_dimension"]) == 6    # stage 2 does not touch the latents
 
-
-def test_latents_are_normalised_and_know_their_owner(chain):
-    out, folder = chain[0], chain[0] / "diffusion/latents"
-    state = torch.load(out / "diffusion/ckpt.pt", weights_only=True)
-    z = np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).astype(np.float64)
-    x = (z - state["mean"]) / state["std"]
+    state = torch.load(chain / "diffusion/ckpt.pt", weights_only=True)
+    z = np.concatenate([np.load(path) for path in sorted((chain / "diffusion/latents").glob("*.npy"))]).astype(np.float64)
+    x, images = (z - state["mean"]) / state["std"], data.ImageSet("shapes", 16, "train")
     assert z.shape == (20_000, 2, 4, 4) and state["classes"] == list(data.SHAPES)
     assert x.mean((0, 1, 2)) == pytest.approx(0, abs=1e-6) and x.std((0, 1, 2)) == pytest.approx(1, abs=1e-6)
-    model, _ = tokenizer.load_tokenizer(out / "tokenizer/ckpt.pt", CPU)
-    images = data.ImageSet("shapes", 16, "train")
+    model, _ = tokenizer.load_tokenizer(chain / "tokenizer/ckpt.pt", CPU)
     close(z[:3, 1], model.encode(data.to_float(images[np.arange(3)]).flip(3)), 2e-2)      # float16, perhaps bf16
+    mean, std, z = torch.randn(4), torch.rand(4) + 0.1, torch.rand(5, 3, 4) * 2 - 1
+    identity = type("Identity", (), {"decode": lambda self, x: x})()
+    assert torch.equal(diffusion.latent_decoder(identity, mean, std, ONE)((z - mean) / std), data.to_uint8(z))
     model.to_latent.weight.data += 1
-    refused(diffusion.encode_dataset, model, images, folder, ONE, message="was made of other weights")
+    refused(diffusion.encode_dataset, model, images, chain / "diffusion/latents", ONE, message="made of other weights")
 
 
-def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(chain, tmp_path):
-    args = ["--model", chain[0] / "diffusion/ckpt.pt", "--tokenizer", chain[0] / "tokenizer/ckpt.pt", "--num-samples", 120,
-            "--precision", "fp32", "--sampler", "sde", "--steps", 40]
-    run = functools.partial(script, "sample", *args, cwd=tmp_path)
+def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(made, tmp_path):
+    args = [*made["sample"], "--num-samples", 120, "--precision", "fp32", "--sampler", "sde", "--steps", 40]
+    run, parts = partial(script, "sample", *args, cwd=tmp_path), tmp_path / "cut/parts"
     run("--batch-size", 4, "--out", "one")
     run("--batch-size", 4, "--out", "two", processes=2)
-    victim = run("--batch-size", 4, "--out", "cut", background=True)
-    wait_for(lambda: len(list((tmp_path / "cut/parts").glob("*.npy"))) >= 2, victim)
-    victim.kill()
-    victim.wait()
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut/parts").glob("*.npy")}
+    kill_when(lambda: len(times(parts)) >= 2, run("--batch-size", 4, "--out", "cut", background=True))
+    before = times(parts)
     refused(call, "sample", *args, "--steps", 39, "--batch-size", 4, "--out", tmp_path / "cut", message="other weights")
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut/parts").glob("*.npy")}
+    assert before == times(parts)
     run("--batch-size", 4, "--out", "cut")
     run("--batch-size", 15, "--out", "batch")
     for name in ("two", "cut"):
@@ -1599,38 +1487,36 @@ def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(chain, tmp_p
     assert np.abs(one - batch).max() <= 1
 
 
-def test_two_processes_train_as_one(chain, tmp_path):
+def test_two_processes_train_as_one(made, tmp_path):
     """In fp32 with AdamW: bf16, in which Muon always works, rounds the two halves of a gradient differently."""
     for name, args, count in (("tokenizer", ["--steps", 20, "--stage2-steps", 20], 60),
-                              ("diffusion", ["--steps", 20, "--samples", 0, "--tokenizer", chain[0] / "tokenizer/ckpt.pt"], 20)):
-        run = functools.partial(script, name, *args, *FP32, cwd=tmp_path)
+                              ("diffusion", ["--steps", 20, "--samples", 0, *made["diffusion"]], 20)):
+        run = partial(script, name, *args, *FP32, cwd=tmp_path)
         run("--out", f"{name}-one")
         run("--out", f"{name}-two", processes=2)
         run("--out", f"{name}-micro", "--micro-batch", 5)
-        one, two, micro = (np.array(losses(tmp_path / f"{name}-{how}")) for how in ("one", "two", "micro"))
-        assert len(one) == len(two) == len(micro) == count
-        assert np.abs(two / one - 1).max() < 1e-4 and np.abs(micro / one - 1).max() < 1e-4
+        for other in ("two", "micro"):
+            assert_losses_agree(tmp_path / f"{name}-one", tmp_path / f"{name}-{other}", count)
     assert_same(tmp_path / "diffusion-one", tmp_path / "diffusion-two", "latents")
-    odd = script("diffusion", *args, "--batch-size", 15, "--out", "odd", cwd=tmp_path, processes=2, check=False)
+    odd = run("--batch-size", 15, "--out", "odd", processes=2, check=False)
     assert odd.returncode and "--batch-size 15 must be a multiple of the 2 processes" in odd.stderr
 
 
-def test_lightning_trains_and_an_earlier_checkpoint_guides(chain, tmp_path, monkeypatch):
+def test_lightning_trains_and_an_earlier_checkpoint_guides(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    call("diffusion", "--steps", 6, "--keep-every", 3, "--samples", 0, "--style", "lightning", "--tokenizer",
-         chain[0] / "tokenizer/ckpt.pt", fields={"cosine_loss": 1.0})
-    args = ["--num-samples", 9, "--steps", 2, "--precision", "fp32"]
-    for out, guide in (("plain", []), ("guided", ["--guide", "out/diffusion/step-3.pt"])):
-        call("sample", *args, *guide, "--out", out)
-    plain, guided = (np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("plain", "guided"))
+    call("diffusion", "--steps", 6, "--keep-every", 3, "--samples", 0, "--style", "lightning", *made["diffusion"],
+         fields={"cosine_loss": 1.0})
+    run = partial(call, "sample", "--num-samples", 9, "--steps", 2, "--precision", "fp32")
+    run("--out", "plain")
+    run("--out", "guided", "--guide", "out/diffusion/step-3.pt")
+    plain, guided = (np.load(f"{out}/samples.npz")["arr_0"] for out in ("plain", "guided"))
     assert not np.array_equal(plain, guided)
     state = torch.load("out/diffusion/step-3.pt", weights_only=True)
-    config = state["config"]
-    for change, more, message in (({"mean": [9.0] * 4}, ["--guide", "x.pt"], "another mean"),
-                                  ({"config": config | {"path": "cosine"}}, ["--guide", "x.pt"], "another path"),
-                                  ({"config": config | {"label_dropout": 0.0}}, ["--model", "x.pt"], "no null class")):
-        ONE.save(tmp_path / "x.pt", state | change)
-        refused(call, "sample", *args, *more, message=message)
+    for change, flag, message in (({"mean": [9.0] * 4}, "--guide", "another mean"),
+                                  ({"config": state["config"] | {"path": "cosine"}}, "--guide", "another path"),
+                                  ({"config": state["config"] | {"label_dropout": 0.0}}, "--model", "no null class")):
+        ONE.save(Path("x.pt"), state | change)
+        refused(run, flag, "x.pt", message=message)
 
 
 def test_a_flat_folder_goes_through_all_scripts(cache, tmp_path):
@@ -1642,7 +1528,7 @@ def test_a_flat_folder_goes_through_all_scripts(cache, tmp_path):
     script("sample", "--num-samples", 9, "--steps", 2, cwd=tmp_path)
     with np.load(tmp_path / "out/samples/samples.npz") as z:
         assert z["arr_0"].shape == (9, 16, 16, 3) and json.loads(str(z["meta"]))["guidance"] == 1.0
-    assert "single class" in script("fid", cwd=tmp_path, check=False).stderr
+    assert "has one class only" in script("fid", cwd=tmp_path).stdout
 
 
 def test_fid_command_line(tmp_path, made_weights, cache, monkeypatch):
@@ -1657,31 +1543,31 @@ def test_fid_command_line(tmp_path, made_weights, cache, monkeypatch):
         Image.fromarray(pixels).save(f"folder/{i:02d}.png")
     weights = ["--weights", made_weights, "--batch-size", 5]
     script("fid", "stats", "folder", *weights, "--out", "ref.npz", cwd=tmp_path, processes=2)
-    script("fid", "a.npz", "ref.npz", *weights, "--out", "2.json", cwd=tmp_path, processes=2)
     with np.load("ref.npz") as z:
         stored = dict(z)
     assert stored["mu"].shape == (2048,) and stored["sigma_s"].shape == (2023, 2023) and np.array_equal(stored["arr_0"], b)
-    pair, half = ({k: stored[k] for k in keys} for keys in (("mu", "sigma"), ("mu_s", "sigma_s")))
-    for name, arrays in (("only", pair), ("half", half), ("nan", stored | {"mu": stored["mu"] * np.nan}),
-                         ("narrow", stored | {"mu": stored["mu"][:64]})):
+    for name, arrays in (("only", {k: stored[k] for k in ("mu", "sigma")}), ("nan", stored | {"mu": stored["mu"] * np.nan}),
+                         ("half", {k: stored[k] for k in ("mu_s", "sigma_s")}), ("narrow", stored | {"mu": stored["mu"][:64]})):
         np.savez(f"{name}.npz", **arrays)
+    script("fid", "a.npz", "ref.npz", *weights, "--out", "2.json", cwd=tmp_path, processes=2)
     assert "fewer than 2,048 images" in script("fid", "a.npz", "only.npz", *weights, "--out", "3.json", cwd=tmp_path).stdout
     call("fid", "a.npz", "b.npz", *weights, "--out", "1.json")
     first, *others = (json.loads(Path(f"{i}.json").read_text())["samples"] for i in (1, 2, 3))
     scores = {"fid", "sfid", "inception_score", "precision", "recall"}
-    assert scores | {"resize", "n_reference"} < first.keys() and json.loads(Path("1.json").read_text())["precision"] == "fp32"
-    assert first["images"] == 12 and first["n_reference_precision"] == 14 and first["n_reference"] == 14
-    for row, key in itertools.product(others, sorted(scores)):
-        assert key not in row or row[key] == pytest.approx(first[key], rel=1e-3), key
-    assert scores <= others[0].keys() and not {"sfid", "precision"} & others[1].keys()
+    assert scores | {"resize", "n_reference"} < first.keys() and '"precision": "fp32"' in Path("1.json").read_text()
+    assert (first["images"], first["n_reference_precision"], first["n_reference"]) == (12, 14, 14)
+    assert scores <= others[0].keys() and {"fid", "inception_score"} == scores & others[1].keys()
+    for row in others:
+        for key in scores & row.keys():
+            assert row[key] == pytest.approx(first[key], rel=1e-3), key
     Image.new("RGB", (9, 9)).save("folder/odd.png")
     Path("foreign").mkdir()
     Path("foreign/meta.json").write_text("[3")
-    for args, message in ((["a.npz", "folder"], "images of several sizes"), (["a.npz", "nowhere"], "nowhere: no such"),
-                          (["folder/odd.png", "a.npz"], "is not an npz file"), (["a.npz", "nan.npz"], "finite"),
-                          (["ref.npz", "a.npz"], "give it second, as B"), (["a.npz", "narrow.npz"], "2048"),
-                          (["a.npz", "half.npz"], "mu is missing"), (["a.npz", "foreign"], "foreign/meta.json")):
-        refused(call, "fid", *args, *weights, message=message)
+    for line, message in {"a.npz folder": "folder is not a folder of images of one size", "a.npz nowhere": "nowhere: no such",
+                          "folder/odd.png a.npz": "is not an npz file", "a.npz nan.npz": "finite",
+                          "ref.npz a.npz": "give it second, as B", "a.npz narrow.npz": "2048",
+                          "a.npz half.npz": "mu is missing", "a.npz foreign": "foreign is not"}.items():
+        refused(call, "fid", *line.split(), *weights, message=message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1701,72 +1587,62 @@ def tried(fault: str, outcomes: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("stage, step", [("stage 1", 50), ("stage 2", 10), ("diffusion", 50)])
-def test_a_killed_run_goes_on_bit_by_bit(chain, tmp_path, stage, step):
-    name, args = "tokenizer", ["--steps", 60, "--stage2-steps", 60, "--save-every", 7]
+def test_a_killed_run_goes_on_bit_by_bit(made, tmp_path, stage, step):
+    name, args = "tokenizer", ["--steps", 60, "--stage2-steps", 60]
     if stage == "diffusion":
-        name, args = "diffusion", ["--steps", 150, "--save-every", 7, "--samples", 0, "--tokenizer",
-                                   chain[0] / "tokenizer/ckpt.pt"]
-    script(name, *args, "--out", "whole", cwd=tmp_path)
-    for at in (step, step - 5):                          # the second kill is soon after the first checkpoint
-        victim = script(name, *args, "--out", "cut", cwd=tmp_path, background=True)
-        wait_for_step(tmp_path / "cut", at, victim, stage)
-        victim.kill()
-        victim.wait()
-    assert "continuing" in script(name, *args, "--out", "cut", cwd=tmp_path).stdout
+        name, args = "diffusion", ["--steps", 150, "--samples", 0, *made["diffusion"]]
+    run = partial(script, name, *args, "--save-every", 7, cwd=tmp_path)
+    run("--out", "whole")
+    for at in (step, step - 5):                          # the second time it has just gone on
+        kill_when(lambda at=at: logged(tmp_path / "cut", at, stage), run("--out", "cut", background=True))
+    assert "continuing" in run("--out", "cut").stdout
     assert_same(tmp_path / "whole", tmp_path / "cut", "ckpt.pt", "log.jsonl", "metrics.json")
     tried(f"SIGKILL in a training loop, {stage}: the same bits in the end", [True] * 2)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
 def test_torchrun_brings_back_a_dead_worker_and_a_run_of_one_process_goes_on_as_two(cache, tmp_path):
-    run = functools.partial(script, "tokenizer", "--steps", 150, "--stage2-steps", 0, *FP32, "--save-every", 20, cwd=tmp_path)
+    run = partial(script, "tokenizer", "--steps", 150, "--stage2-steps", 0, *FP32, "--save-every", 20, cwd=tmp_path)
     run("--out", "one")
-    victim = run("--out", "cut", background=True)
-    wait_for_step(tmp_path / "cut", 40, victim)
-    victim.kill()
-    victim.wait()
-    job = run("--out", "cut", background=True, processes=2, restarts=1)
-    wait_for_step(tmp_path / "cut", 90, job)
+    kill_when(lambda: logged(tmp_path / "cut", 40), run("--out", "cut", background=True))
+    job = run("--out", "cut", background=True, processes=2)
+    wait_for(lambda: logged(tmp_path / "cut", 90), job)
     for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
-        if b"\0RANK=1" in Path(f"/proc/{child}/environ").read_bytes():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
             os.kill(int(child), signal.SIGKILL)
     assert job.wait(120) == 0, (tmp_path / "said.txt").read_text()
-    one, cut = losses(tmp_path / "one"), losses(tmp_path / "cut")
-    assert len(one) == len(cut) == 300 and np.abs(np.array(one) / np.array(cut) - 1).max() < 1e-4
+    assert_losses_agree(tmp_path / "one", tmp_path / "cut", 300)
     tried("a worker killed under torchrun --max-restarts: comes back, same losses", [True])
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "diffusion", "sample"])
-def test_two_runs_in_one_folder(chain, tmp_path, name):
-    """With the same settings both end well, and the result is that of one run. Others are refused; nothing is lost."""
-    made = ["--tokenizer", chain[0] / "tokenizer/ckpt.pt"]
-    args, other, files = {
-        "tokenizer": (["--steps", 40, "--stage2-steps", 20, "--save-every", 5], ["--lr", 1],
-                      ["ckpt.pt", "stage1.pt", "metrics.json"]),
-        "diffusion": (["--steps", 60, "--save-every", 5, "--samples", 20, *made], ["--lr", 1],
-                      ["ckpt.pt", "latents", "metrics.json"]),
-        "sample": (["--model", chain[0] / "diffusion/ckpt.pt", "--num-samples", 200, "--batch-size", 10, *made],
-                   [], ["samples.npz"])}[name]
-    run = functools.partial(script, name, *args, cwd=tmp_path)
+def test_two_runs_in_one_folder(made, tmp_path, name):
+    """With the same settings both end well, and the result is that of one run. Only sample.py, whose first run that ends
+    removes the parts, may end the other in one line. Other settings are refused; nothing is lost.
+    """
+    args, lr, files = {
+        "tokenizer": (["--steps", 40, "--stage2-steps", 20, "--save-every", 5], 0.002, ["stage1.pt", "ckpt.pt"]),
+        "diffusion": (["--steps", 60, "--save-every", 5, "--samples", 0, *made["diffusion"]], 0.001, ["ckpt.pt", "latents"]),
+        "sample": (["--num-samples", 200, "--batch-size", 10, *made["sample"]], None, ["samples.npz"])}[name]
+    run = partial(script, name, *args, cwd=tmp_path)
     run("--out", "alone")
-    first = run("--out", "shared", background=True)
-    second = run("--out", "shared", check=False)
-    assert first.wait(120) == second.returncode == 0, second.stderr + (tmp_path / "said.txt").read_text()
+    first, second = run("--out", "shared", background=True), run("--out", "shared", check=False)
+    codes, said = [first.wait(120), second.returncode], second.stderr + (tmp_path / "said.txt").read_text()
+    assert codes == [0, 0] or (name == "sample" and sorted(codes) == [0, 1] and said.count("sample.py: ") == 1), said
+    assert "Traceback" not in said
     assert_same(tmp_path / "alone", tmp_path / "shared", *files)
-    if other:
-        message = "lr 0.002, now 1.0" if name == "tokenizer" else "lr 0.001, now 1.0"
-        refused(functools.partial(call, fields={}), name, *args, *other, "--out", tmp_path / "shared", message=message)
+    if lr:
+        other = partial(call, name, *args, "--lr", 1, "--out", tmp_path / "shared", fields={})
+        refused(other, message=f"lr {lr}, now 1.0")
         assert_same(tmp_path / "alone", tmp_path / "shared", *files)
 
 
 def test_free_options_may_differ_and_others_not(tmp_path):
     cfg = tokenizer.Config()
     for field in dataclasses.fields(cfg):
-        out = tmp_path / field.name
+        out, value, other = tmp_path / field.name, getattr(cfg, field.name), copy.copy(cfg)
         ONE.make_out_dir(out, cfg, {"images": "a"})
         before = (out / "settings.json").read_bytes()
-        value = getattr(cfg, field.name)
-        other = dataclasses.replace(cfg)
         object.__setattr__(other, field.name, not value if isinstance(value, bool) else value * 2 or "other")
         if field.metadata.get("free"):
             ONE.make_out_dir(out, other, {"images": "a"})
@@ -1777,7 +1653,7 @@ def test_free_options_may_differ_and_others_not(tmp_path):
 
 
 @pytest.mark.parametrize("name, term", [("tokenizer", "recon"), ("diffusion", "loss")])
-def test_a_number_that_is_not_finite_stops_the_run_before_a_save(chain, tmp_path, monkeypatch, name, term):
+def test_a_number_that_is_not_finite_stops_the_run_before_a_save(made, tmp_path, monkeypatch, name, term):
     honest, poisoned = data.Loader.__call__, {7}
 
     def poison(self, step):
@@ -1785,55 +1661,45 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_save(chain, tmp_path
         return (x * math.nan if step in poisoned else x), y
 
     monkeypatch.setattr(data.Loader, "__call__", poison)
-    args = ["--steps", 12, "--save-every", 4, "--out", tmp_path / "a"]
-    args += ["--stage2-steps", 0] if name == "tokenizer" else ["--samples", 0, "--tokenizer", chain[0] / "tokenizer/ckpt.pt"]
-    run = functools.partial(call, name, *args, fields={"log_every": 5, "clip": 0.0})
-    assert f"{term} is not finite at step 8 (learning rate 0.00" in refused(run)
-    assert torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["step"] == 4
+    args = ["--stage2-steps", 0] if name == "tokenizer" else ["--samples", 0, *made["diffusion"]]
+    run = partial(call, name, *args, "--steps", 12, "--save-every", 4, "--out", tmp_path, fields={"log_every": 5, "clip": 0.0})
+    refused(run, message=f"{term} is not finite at step 8 (learning rate 0.00")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 4
     poisoned.clear()                                     # mended: it goes on
     run()
-    state = tensors_of(tmp_path / "a/ckpt.pt")
-    assert all(x.isfinite().all() for x in state.values()) and [line["step"] for line in log_of(tmp_path / "a")][-1] == 12
-    assert "NaN" not in (tmp_path / "a/log.jsonl").read_text()
+    assert all(x.isfinite().all() for x in tensors_of(tmp_path / "ckpt.pt").values())
+    assert log_of(tmp_path)[-1]["step"] == 12 and "NaN" not in (tmp_path / "log.jsonl").read_text()
 
 
-def test_a_full_disk_keeps_what_is_there(chain, tmp_path):
+def test_a_full_disk_keeps_what_is_there(made, tmp_path):
     """A limit on the size of files stands in for the disk: writing fails as there, with another number."""
-    outcomes, made = [], ["--tokenizer", chain[0] / "tokenizer/ckpt.pt"]
+    outcomes, checkpoint = [], tmp_path / "t/ckpt.pt"
 
-    def full(name, *args, megabytes):
-        size = int(megabytes * 2**20)
+    def full(size, name, *args):
         done = script(name, *args, cwd=tmp_path, check=False,
                       before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
         said = [line for line in done.stderr.splitlines() if line.startswith(f"{name}.py: ")]
         outcomes.append(done.returncode == 1 and len(said) == 1 and "kept" in said[0] and "Traceback" not in done.stderr)
 
-    train = ["--stage2-steps", 0, "--save-every", 5, "--steps", 30, "--out", "t"]
-    victim = script("tokenizer", *train, cwd=tmp_path, background=True)
-    wait_for((tmp_path / "t/ckpt.pt").exists, victim)
-    victim.kill()
-    victim.wait()
-    before = tensors_of(tmp_path / "t/ckpt.pt")
-    full("tokenizer", *train, megabytes=0.8 * (tmp_path / "t/ckpt.pt").stat().st_size / 2**20)
-    after = tensors_of(tmp_path / "t/ckpt.pt")
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    script("tokenizer", *train, cwd=tmp_path)
-    full("diffusion", *made, "--out", "d", megabytes=0.02)
-    full("sample", "--model", chain[0] / "diffusion/ckpt.pt", *made, "--num-samples", 900, "--steps", 1, "--out", "s",
-         megabytes=0.1)
+    train = ["tokenizer", "--stage2-steps", 0, "--save-every", 5, "--steps", 30, "--out", "t"]
+    kill_when(checkpoint.exists, script(*train, cwd=tmp_path, background=True))
+    before = checkpoint.read_bytes()
+    full(len(before) * 4 // 5, *train)
+    assert checkpoint.read_bytes() == before
+    script(*train, cwd=tmp_path)
+    full(20_000, "diffusion", *made["diffusion"], "--out", "d")
+    full(100_000, "sample", *made["sample"], "--num-samples", 900, "--steps", 1, "--out", "s")
     make_folder(tmp_path / "x", 100, size=64)
-    full("data", "--data", "x", "--size", 64, "--out", "packed", megabytes=0.3)
+    full(300_000, "data", "--data", "x", "--size", 64, "--out", "packed")
     assert not (tmp_path / "packed/meta.json").exists() and not (tmp_path / "s/samples.npz").exists()
     tried("disk full: checkpoint, latents, samples, packing", outcomes)
 
 
 def damaged_pictures(root: Path) -> list[Path]:
     """Files that are no whole, ordinary pictures, whatever their names say."""
-    rng, files = np.random.default_rng(0), []
-    pixels = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
-    for kind in ("PNG", "JPEG"):
-        files.append(io.BytesIO())
-        pixels.save(files[-1], kind)
+    rng, files = np.random.default_rng(0), [io.BytesIO(), io.BytesIO()]
+    for file, kind in zip(files, ("PNG", "JPEG")):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(file, kind)
     good, jpeg = (file.getvalue() for file in files)
 
     def header(w, h):                                    # a PNG that claims to be so large
@@ -1858,21 +1724,17 @@ def damaged_pictures(root: Path) -> list[Path]:
     return [*(root / name for name in contents), root / "dangling.png"]
 
 
-def test_damaged_pictures_are_named_and_nothing_grows(tmp_path, capsys):
-    """Each of them among good ones: named with its reason; the rest is packed."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    root = make_folder(tmp_path / "x", 3000, ("all",), 4) / "all"
+def test_damaged_pictures_are_named_and_odd_ones_are_read(tmp_path, capsys):
+    """Each damaged one among good ones: named with its reason; the rest is packed; no memory is asked for in vain."""
+    peak, root = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, make_folder(tmp_path / "x", 3000, ("all",), 4) / "all"
     bad = damaged_pictures(root)
     data.pack(root, 8, tmp_path / "out")
     said = capsys.readouterr().out
-    assert said.count("unreadable: ") == len(bad) >= 28
-    tried("damaged, empty, truncated, bomb and mislabelled pictures", [f"unreadable: {p.name!r}: " in said for p in bad])
-    assert sum(map(len, both(tmp_path / "out"))) == 3000
+    assert said.count("unreadable: ") == len(bad) >= 28 and sum(map(len, both(tmp_path / "out"))) == 3000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 600_000
+    tried("damaged, empty, truncated, bomb and mislabelled pictures", [f"unreadable: {p.name!r}: " in said for p in bad])
 
-
-def test_odd_pictures_and_names_are_read(tmp_path):
-    root, rng = tmp_path / "x", np.random.default_rng(1)
+    root, rng = tmp_path / "odd", np.random.default_rng(1)
     (root / "sub").mkdir(parents=True)
     (root / "sub/loop").symlink_to(root)
     rgb = Image.fromarray(rng.integers(0, 256, (30, 20, 3), np.uint8))
@@ -1884,51 +1746,44 @@ def test_odd_pictures_and_names_are_read(tmp_path):
         rgb.resize(size).save(root / f"{size}.png")
     for name in ("with space", "new\nline", "\u732b", "-dash", "a" * 200, "dot.in.name", "100%"):
         rgb.save(root / f"{name}.JPG", "JPEG")
-    n = len([p for p in root.iterdir() if p.is_file()])
-    data.pack(root, 16, tmp_path / "out")
-    assert sum(map(len, both(tmp_path / "out"))) == n == 20
-    tried("odd colour models, shapes and names of pictures", [True] * n)
+    data.pack(root, 16, tmp_path / "read")
+    assert sum(map(len, both(tmp_path / "read"))) == len([p for p in root.iterdir() if p.is_file()]) == 20
+    tried("odd colour models, shapes and names of pictures", [True] * 20)
 
 
-def test_checkpoints_that_do_not_fit_say_what_differs(chain, tmp_path):
+def test_checkpoints_and_notes_of_a_run_that_are_damaged_are_named(chain, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcomes = []
     for kind, load in (("tokenizer", tokenizer.load_tokenizer), ("diffusion", diffusion.load_diffusion)):
-        state = torch.load(chain[0] / kind / "ckpt.pt", weights_only=True)
+        state = torch.load(chain / kind / "ckpt.pt", weights_only=True)
         config, weights = state["config"], state["ema"]
         name = next(k for k in weights if k.endswith("qkv.weight"))
-        changes = [({"config": config | {"width": 48}}, ""), ({"config": config | {"surprise": 1}}, "surprise"),
-                   ({"ema": {k: v for k, v in weights.items() if k != name}}, name), ({"config": 3}, ""), ({"ema": [1]}, ""),
-                   ({"ema": weights | {"other": torch.zeros(1)}}, "other"), ({"config": config | {"depth": 2}}, "")]
+        changes = [("config", config | {"width": 48}, ""), ("config", config | {"surprise": 1}, "surprise"),
+                   ("config", config | {"depth": 2}, ""), ("config", 3, ""), ("ema", [1], ""),
+                   ("ema", {k: v for k, v in weights.items() if k != name}, name),
+                   ("ema", weights | {"other": torch.zeros(1)}, "other")]
         if kind == "diffusion":
-            changes += [({"classes": ["a", "b"]}, ""), ({"mean": [0.0]}, "statistics"), ({"std": [math.nan] * 4}, "statistics")]
-        for change, message in changes:
-            ONE.save(tmp_path / "x.pt", state | change)
-            assert message in refused(load, tmp_path / "x.pt", CPU, message="x.pt")
-
-
-def test_damaged_notes_of_a_run_are_named_or_passed_over(chain, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = ["--tokenizer", chain[0] / "tokenizer/ckpt.pt", "--samples", 0, "--steps", 1]
-    Path("d").mkdir()
+            changes += [("classes", ["a", "b"], ""), ("mean", [0.0], "statistics"), ("std", [math.nan] * 4, "statistics")]
+        for key, value, message in changes:
+            ONE.save(Path("x.pt"), state | {key: value})
+            outcomes.append(message in refused(load, "x.pt", CPU, message="x.pt"))
+    for name in "dtpl":
+        Path(name).mkdir()
     Path("d/settings.json").write_text('{"tokenizer": ')
-    shutil.copytree(chain[0] / "diffusion/latents", "e/latents")
+    shutil.copytree(chain / "diffusion/latents", "e/latents")
     latents = min(Path("e/latents").iterdir())
     latents.write_bytes(latents.read_bytes()[:5000])
-    Path("t").mkdir()
-    shutil.copy(chain[0] / "tokenizer/stage1.pt", "t/ckpt.pt")
-    make_folder(Path("x"), 30)
-    Path("p").mkdir()
+    shutil.copy(chain / "tokenizer/stage1.pt", "t/ckpt.pt")
     Path("p/meta.json").write_text("{}")
-    for name, args, message in (("diffusion", [*made, "--out", "d"], "settings.json is not the settings of a run"),
-                                ("diffusion", [*made, "--out", "e"], "latents is not a whole folder of shards"),
-                                ("tokenizer", ["--steps", 9, "--out", "t"], "t/ckpt.pt"),
-                                ("tokenizer", ["--data", "p", "--out", "u"], "p/meta.json")):
-        refused(functools.partial(call, fields={}), name, *args, message=message)
-    call("data", "--data", "x", "--size", 8, "--out", "p")   # it is made again
-    Path("l").mkdir()
+    for name, out, message in (("diffusion", "d", "settings.json is not the settings of a run"),
+                               ("diffusion", "e", "latents is not a whole folder of shards"), ("tokenizer", "t", "t/ckpt.pt")):
+        refused(partial(call, fields={}), name, *made.get(name, []), "--steps", 9, "--out", out, message=message)
+    refused(call, "tokenizer", "--data", "p", "--out", "u", message="p/labels.npy: No such file")
+    call("data", "--data", make_folder(Path("x"), 30), "--size", 8, "--out", "p")    # it is made again
     Path("l/log.jsonl").write_bytes(b'{"stage": "stage 1", "st\n[3]\n{"x": 1}\n\xff\xfe\n')
     call("tokenizer", "--steps", 2, "--stage2-steps", 0, "--out", "l", fields={})
-    assert len(log_of(Path("l"))) == 2 and sum(map(len, both("p"))) == 60
-    tried("damaged notes of a run: named, or passed over", [True] * 6)
+    assert len(log_of("l")) == 2 and sum(map(len, both("p"))) == 60
+    tried("damaged checkpoints and notes of a run: named, or passed over", outcomes + [True] * 6)
 
 
 def mutated(content: bytes, rng) -> bytes:
@@ -1953,21 +1808,16 @@ def test_random_damage_ends_in_one_line(chain, tmp_path):
     np.savez_compressed(tmp_path / "ref.npz", mu=np.zeros(2048, np.float16), sigma=np.zeros((2048, 2048), np.float16))
     data.pack(make_folder(tmp_path / "x", 6), 8, packed)
 
-    def whole(images):
-        return images[np.arange(len(images))]
+    def read_images(path):
+        images = both(packed)[0] if packed in path.parents else fid.open_set(str(path), 0, ONE)[0]
+        return images and images[np.arange(len(images))]
 
-    def open_npz(path):
-        images = fid.open_set(str(path), 0, ONE)[0]
-        return images and whole(images)
-
-    cases = [(tmp_path / "a.safetensors", fid.read_weights, 600), (tmp_path / "a.npz", open_npz, 300),
-             (tmp_path / "ref.npz", open_npz, 100),
-             *((packed / name, lambda path: whole(both(packed)[0]), count) for name, count in (
-                 (next(packed.glob("images/*.npy")), 200), ("labels.npy", 100), ("meta.json", 200))),
-             (chain[0] / "tokenizer/ckpt.pt", lambda path: tokenizer.load_tokenizer(path, CPU), 200),
-             (chain[0] / "diffusion/ckpt.pt", lambda path: diffusion.load_diffusion(path, CPU), 200),
-             (chain[0] / "tokenizer/stage1.pt", fid.read_weights, 100)]
-    assert sum(count for *_, count in cases) == 2000
+    cases = [(tmp_path / "a.safetensors", fid.read_weights, 600), (tmp_path / "a.npz", read_images, 300),
+             (tmp_path / "ref.npz", read_images, 100), (next(packed.glob("images/*.npy")), read_images, 200),
+             (packed / "labels.npy", read_images, 100), (packed / "meta.json", read_images, 200),
+             (chain / "tokenizer/ckpt.pt", partial(tokenizer.load_tokenizer, device=CPU), 200),
+             (chain / "diffusion/ckpt.pt", partial(diffusion.load_diffusion, device=CPU), 200),
+             (chain / "tokenizer/stage1.pt", fid.read_weights, 100)]
     peak, outcomes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
     for source, read, count in cases:
         content = source.read_bytes()
@@ -1984,45 +1834,47 @@ def test_random_damage_ends_in_one_line(chain, tmp_path):
             except Exception as error:
                 raise AssertionError(f"{source.name}, damage {i}: {error!r}") from error
         path.write_bytes(content)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 500_000
+    assert len(outcomes) == 2000 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 500_000
     tried("random damage to safetensors, npz, packed data and checkpoints", outcomes)
 
 
-SAMPLE = ["--model", "OUT/diffusion/ckpt.pt", "--tokenizer", "OUT/tokenizer/ckpt.pt"]
-MISTAKES = [("tokenizer", line, message) for line, message in {
-    "--stepz 3": "unrecognized arguments: --stepz 3", "--step 3": "unrecognized arguments: --step 3",
-    "--steps abc": "argument --steps: invalid int value: 'abc'", "--preset huge": "invalid choice: 'huge'",
-    "--size 33": "--size 33 must be a multiple", "--width 50": "width 50 must be a multiple",
-    "--targets hogg": "--targets hogg", "--targets hog,hog": "--targets hog,hog", "--targets hog,none": "--targets hog,none",
-    "--adversary gan": "invalid choice: 'gan'", "--batch-size 0": "--batch-size 0 must be at least 1",
-    "--adversary dino --weights offline": "dino_deitsmall16_pretrain.pth from http://127",
-    "--lpips 1 --weights offline": "or do without: --lpips 0", "--mask-min 0.9": "--mask-min",
-    "--targets siglip --weights offline": "or do without: --targets hog",
-    "--from-official nowhere": "nowhere: no such file", "--from-official empty": "empty/model.safetensors: no such file",
-    "--from-official damaged/ckpt.pt": "damaged/ckpt.pt is not a file of weights",
-    "--from-official other/ckpt.pt": "encoder.model.patch_embed.proj.weight is missing",
-    "--data nowhere": "/nowhere: no such folder", "--data empty": "no images found",
-    "--data mixed": "lies beside class folders", "--out damaged": "damaged/ckpt.pt is not a checkpoint of tokenizer.py",
-    "--out other --steps 3": "other/ckpt.pt is not a checkpoint of tokenizer.py (it is one of diffusion.py)"}.items()]
-MISTAKES += [("diffusion", line, message) for line, message in {
-    "--tokenizer none.pt": "none.pt: no such file", "--width 25": "--width 25", "--heads 0": "--heads 0 must be at least 1",
-    "--tokenizer damaged/ckpt.pt": "damaged/ckpt.pt is not a checkpoint", "--sampler dopri": "invalid choice: 'dopri'",
-    "--seed -1": "--seed -1 must be at least 0", "--guidance-high 2": "--guidance-high"}.items()]
-MISTAKES += [("sample", line, message) for line, message in {
-    "--num-samples 0": "--num-samples 0 must be at least 1", "--guidance 0.5": "--guidance 0.5 must be at least 1",
-    "--model none.pt": "none.pt: no such file", "--model nowhere.safetensors": "a released SiT needs --tokenizer",
-    "--guidance-low 0.8": "--guidance-low <= --guidance-high", f"{' '.join(SAMPLE)} --guide none.pt": "none.pt: no such file",
-    "--model nowhere.safetensors --tokenizer OUT/tokenizer/ckpt.pt": "nowhere.safetensors: no such file",
-    f"{' '.join(SAMPLE)} --labels unicorn": "'unicorn' is none of the classes",
-    "--model OUT/diffusion/ckpt.pt --tokenizer strange/ckpt.pt": "is not the tokenizer that"}.items()]
-MISTAKES += [("fid", line, message) for line, message in {
-    "--samples none.npz": "none.npz: no such file", "--features fd": "invalid choice: 'fd'",
-    "OUT/samples/samples.npz none.npz": "none.npz: no such", "stats empty --out x.npz": "no images found",
-    "OUT/samples/samples.npz OUT/samples/samples.npz --weights offline": "pt_inception-2015-12-05-6726825d.pth from http://127",
-    "stats shapes --out x.npz": "give --size", "stats mixed": "--out", "latents none.pt --out damaged": "none.pt: no such file",
-    "--samples damaged/ckpt.pt": "damaged/ckpt.pt is not an npz file"}.items()]
-MISTAKES += [("data", "--data nowhere", "--out DIR"), ("data", "--data empty --out x", "no images found"),
-             ("data", "--data nowhere --out x", "nowhere: no such folder")]
+# Command lines (OUT: the folder of the tiny models), and what the one line must say
+MISTAKES = {
+    "tokenizer --stepz 3": "unrecognized arguments: --stepz 3", "tokenizer --step 3": "unrecognized arguments: --step 3",
+    "tokenizer --steps abc": "argument --steps: invalid int value: 'abc'", "tokenizer --preset huge": "invalid choice: 'huge'",
+    "tokenizer --size 33": "--size 33 must be a multiple", "tokenizer --width 50": "width 50 must be a multiple",
+    "tokenizer --targets hogg": "--targets hogg", "tokenizer --targets hog,hog": "--targets hog,hog",
+    "tokenizer --targets hog,none": "--targets hog,none", "tokenizer --adversary gan": "invalid choice: 'gan'",
+    "tokenizer --batch-size 0": "--batch-size 0 must be at least 1", "tokenizer --mask-min 0.9": "--mask-min",
+    "tokenizer --adversary dino --weights offline": "dino_deitsmall16_pretrain.pth from http://127",
+    "tokenizer --lpips 1 --weights offline": "or do without: --lpips 0",
+    "tokenizer --targets siglip --weights offline": "or do without: --targets hog",
+    "tokenizer --from-official nowhere": "nowhere: no such file",
+    "tokenizer --from-official empty": "empty/model.safetensors: no such file",
+    "tokenizer --from-official damaged/ckpt.pt": "damaged/ckpt.pt is not a file of weights",
+    "tokenizer --from-official other/ckpt.pt": "encoder.model.patch_embed.proj.weight is missing",
+    "tokenizer --data nowhere": "/nowhere: no such folder", "tokenizer --data empty": "no images found",
+    "tokenizer --data mixed": "lies beside class folders",
+    "tokenizer --out damaged": "damaged/ckpt.pt is not a checkpoint of tokenizer.py",
+    "tokenizer --out other --steps 3": "other/ckpt.pt is not a checkpoint of tokenizer.py (it is one of diffusion.py)",
+    "diffusion --tokenizer none.pt": "none.pt: no such file", "diffusion --width 25": "--width 25",
+    "diffusion --heads 0": "--heads 0 must be at least 1", "diffusion --seed -1": "--seed -1 must be at least 0",
+    "diffusion --tokenizer damaged/ckpt.pt": "damaged/ckpt.pt is not a checkpoint",
+    "diffusion --sampler dopri": "invalid choice: 'dopri'", "diffusion --guidance-high 2": "--guidance-high",
+    "sample --num-samples 0": "--num-samples 0 must be at least 1", "sample --guidance 0.5": "--guidance 0.5 must be at least 1",
+    "sample --model none.pt": "none.pt: no such file", "sample --model x.safetensors": "a released SiT needs --tokenizer",
+    "sample --guidance-low 0.8": "--guidance-low <= --guidance-high",
+    "sample --model OUT/diffusion/ckpt.pt --guide none.pt --tokenizer OUT/tokenizer/ckpt.pt": "none.pt: no such file",
+    "sample --model OUT/diffusion/ckpt.pt --labels unicorn --tokenizer OUT/tokenizer/ckpt.pt": "'unicorn' is none of the cl",
+    "sample --model x.safetensors --tokenizer OUT/tokenizer/ckpt.pt": "x.safetensors: no such file",
+    "sample --model OUT/diffusion/ckpt.pt --tokenizer strange/ckpt.pt": "is not the tokenizer that",
+    "fid --samples none.npz": "none.npz: no such file", "fid --features fd": "invalid choice: 'fd'",
+    "fid OUT/samples/samples.npz none.npz": "none.npz: no such", "fid stats empty --out x.npz": "no images found",
+    "fid OUT/samples/samples.npz mixed/cat --weights offline": "pt_inception-2015-12-05-6726825d.pth from http://127",
+    "fid stats shapes --out x.npz": "give --size", "fid stats mixed": "--out",
+    "fid latents none.pt --out damaged": "none.pt: no such file",
+    "fid --samples damaged/ckpt.pt": "damaged/ckpt.pt is not an npz file", "data --data nowhere": "--out DIR",
+    "data --data empty --out x": "no images found", "data --data nowhere --out x": "nowhere: no such folder"}
 
 
 @pytest.fixture(scope="session")
@@ -2032,53 +1884,43 @@ def mistakes_folder(tmp_path_factory, chain):
     Image.new("RGB", (9, 9)).save(at / "mixed/loose.png")
     for name in ("empty", "damaged", "other", "strange", "offline"):
         (at / name).mkdir()
-    for name in ("damaged", "other"):
-        (at / name / "settings.json").write_text("{}")
-    whole = (chain[0] / "tokenizer/ckpt.pt").read_bytes()
+    whole = (chain / "tokenizer/ckpt.pt").read_bytes()
     (at / "damaged/ckpt.pt").write_bytes(whole[: len(whole) // 2])
-    shutil.copy(chain[0] / "diffusion/ckpt.pt", at / "other")
-    state = torch.load(chain[0] / "tokenizer/ckpt.pt", weights_only=True)
+    shutil.copy(chain / "diffusion/ckpt.pt", at / "other")
+    state = torch.load(chain / "tokenizer/ckpt.pt", weights_only=True)
     state["ema"]["to_latent.bias"] += 1
     ONE.save(at / "strange/ckpt.pt", state)
     return at
 
 
-@pytest.mark.parametrize("name, line, message", MISTAKES)
-def test_a_mistake_is_one_clear_line(mistakes_folder, chain, monkeypatch, capsys, name, line, message):
-    """In this process, called as the script does it: a subprocess for each would take minutes."""
-    before = sorted(p for p in mistakes_folder.rglob("*") if p.is_file())
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistakes_folder, chain, monkeypatch, capsys, line):
+    """In this process, called as the script does it: a subprocess for each would take minutes. No file is left."""
+    before, (name, *args) = sorted(mistakes_folder.rglob("*")), line.replace("OUT", str(chain)).split()
     monkeypatch.chdir(mistakes_folder)
     monkeypatch.setattr(fid, "WEIGHTS", {k: ("http://127.0.0.1:9/" + url.rpartition("/")[2], sha256)
                                          for k, (url, sha256) in fid.WEIGHTS.items()})
     with pytest.raises(SystemExit) as error:
-        call(name, *line.replace("OUT", str(chain[0])).split())
+        call(name, *args)
     said = capsys.readouterr().err if error.value.code == 2 else error.value.code
-    assert message.lower() in said.lower() and len(said.strip().splitlines()) == 1 and said.startswith(f"{name}.py: ")
-    assert before == sorted(p for p in mistakes_folder.rglob("*") if p.is_file())
-
-
-def test_without_a_home_the_cache_is_asked_for(monkeypatch):
-    monkeypatch.delenv("MAETOK_CACHE", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)    # as where nobody knows the user
-    refused(data.cache_dir, message="set MAETOK_CACHE")
+    assert MISTAKES[line].lower() in said.lower() and len(said.strip().splitlines()) == 1 and said.startswith(f"{name}.py: ")
+    assert before == sorted(mistakes_folder.rglob("*"))
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", ["tokenizer", "diffusion", "sample", "data"])
-def test_sigkill_at_random_moments(chain, tmp_path, name):
+def test_sigkill_at_random_moments(cache, made, tmp_path, name):
     """A dozen times the process is killed at a random moment, mostly after its start; then it runs to the end."""
-    made, rng = ["--tokenizer", chain[0] / "tokenizer/ckpt.pt"], np.random.default_rng(zlib.crc32(name.encode()))
     args, files, span = {
         "tokenizer": (["--steps", 400, "--stage2-steps", 400, "--save-every", 1],
                       ["ckpt.pt", "stage1.pt", "metrics.json", "log.jsonl"], 1.5),
-        "diffusion": (["--steps", 700, "--save-every", 1, "--samples", 0, *made], ["ckpt.pt", "latents", "log.jsonl"], 1.5),
-        "sample": (["--model", chain[0] / "diffusion/ckpt.pt", *made, "--num-samples", 1000, "--sampler", "sde", "--steps",
-                    60, "--batch-size", 20, "--precision", "fp32"], ["samples.npz"], 0.6),
-        "data": (["--data", tmp_path / "x", "--size", 64, "--workers", 1],
-                 ["images", "labels.npy", "meta.json"], 0.3)}[name]
-    if name == "data":
-        make_folder(tmp_path / "x", 3000, size=64)
-    run, kills = functools.partial(script, name, *args, cwd=tmp_path), 0
+        "diffusion": (["--steps", 700, "--save-every", 1, "--samples", 0, *made["diffusion"]],
+                      ["ckpt.pt", "latents", "log.jsonl"], 1.5),
+        "sample": (["--num-samples", 1000, "--sampler", "sde", "--steps", 60, "--batch-size", 20, *made["sample"]],
+                   ["samples.npz"], 0.6),
+        "data": (["--data", tmp_path / "x", "--size", 64, "--workers", 1], ["images", "labels.npy", "meta.json"], 0.3)}[name]
+    make_folder(tmp_path / "x", 3000 * (name == "data"), size=64)
+    run, kills, rng = partial(script, name, *args, cwd=tmp_path), 0, np.random.default_rng(zlib.crc32(name.encode()))
     while kills < 12:
         victim = run("--out", "cut", background=True)
         time.sleep(rng.uniform(1.2, 2.0 + span))
@@ -2097,7 +1939,9 @@ def test_sigkill_at_random_moments(chain, tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed: what makes it, checked without a clock
+# The house
+
+README = HERE / "README.md"
 
 
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
@@ -2111,7 +1955,7 @@ class Waits(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "diffusion"])
-def test_a_step_is_one_graph_and_waits_for_nothing(chain, tmp_path, monkeypatch, name):
+def test_a_step_is_one_graph_and_waits_for_nothing(made, tmp_path, monkeypatch, name):
     """The compiled model is one graph, compiled once; and between two lines of the log no step waits for the device,
     after the first steps, in which the optimizers make their state.
     """
@@ -2123,70 +1967,62 @@ def test_a_step_is_one_graph_and_waits_for_nothing(chain, tmp_path, monkeypatch,
 
     def count(self, *args, **terms):
         steps.append(add(self, *args, **terms))
-        if watch and len(steps) == 2:
+        if flag == "--no-compile" and len(steps) == 2:
             waits.__enter__()
-        if watch and len(steps) == 11:
+        if flag == "--no-compile" and len(steps) == 11:
             waits.__exit__(None, None, None)
 
     monkeypatch.setattr(data.Log, "add", count)
     monkeypatch.setattr(torch, "compile", lambda net, fullgraph: compile_(net, fullgraph=fullgraph, backend=backend))
     monkeypatch.setattr(sys.modules[name], "evaluate", lambda *args: {})
-    args = ["--stage2-steps", 0] if name == "tokenizer" else ["--samples", 0, "--tokenizer", chain[0] / "tokenizer/ckpt.pt"]
-    for out, watch in (("--compile", False), ("--no-compile", True)):
+    args = ["--stage2-steps", 0] if name == "tokenizer" else ["--samples", 0, *made["diffusion"]]
+    for flag in ("--compile", "--no-compile"):
         steps.clear()
         torch._dynamo.reset()
-        call(name, *args, out, "--steps", 12, "--out", tmp_path / out, fields={"log_every": 100})
-    assert len(steps) == 12 and compiled == [0] and waits.count == 0
+        call(name, *args, flag, "--steps", 12, "--out", tmp_path / flag, fields={"log_every": 100})
+        assert len(steps) == 12
+    assert compiled == [0] and waits.count == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The house
-
-README = HERE / "README.md"
-
-
-def test_log_terms_may_be_ratios(tmp_path):
+def test_the_log_and_the_label_rules(tmp_path):
     cfg = dataclasses.replace(tokenizer.Config(), out=str(tmp_path), batch_size=8, lr=1e-3)
-    source = type("Source", (), {"wait_seconds": 0.0})
     (tmp_path / "log.jsonl").write_text('{"stage": "s", "step": 3}\n{"stage": "t", "step": 9}\n{"stage": "s", "st')
-    log = data.Log(cfg, ONE, "s", 2, 4, source)          # it goes on after step 2
+    log = data.Log(cfg, ONE, "s", 2, 4, type("Source", (), {"wait_seconds": 0.0}))    # it goes on after step 2
     for step in range(4):
         log.add(1.0, loss=torch.tensor(float(step)), part=(torch.tensor(6.0 * step), torch.tensor(2.0 + step)))
         if step % 2:
             log.write(step + 1)
     other, first, last = log_of(tmp_path)
     assert other == {"stage": "t", "step": 9} and (first["step"], last["step"]) == (2, 4)
-    assert first["loss"] == 0.5 and first["part"] == pytest.approx(6 / 5) and last["lr"] == 1e-3
+    assert first["loss"] == 0.5 and first["part"] == pytest.approx(6 / 5) and last["lr"] == 1e-3     # ratios of sums
     for value in (1.0, math.nan, 2.0):
         log.add(0.5, loss=torch.tensor(value))
     refused(log.write, 8, message="s: loss is not finite at step 7 (learning rate 0.0005)")
     assert len(log_of(tmp_path)) == 3
 
-
-def test_label_rules():
-    choose = functools.partial(sample.choose_labels, classes=["a", "b"], dist=ONE, seed=0)
+    choose = partial(sample.choose_labels, classes=["a", "b"], dist=ONE, seed=0)
     assert choose("balanced", 5).tolist() == [0, 1, 0, 1, 0] and choose("b,0", 3).tolist() == [1, 0, 1]
     assert 400 < choose("random", 1000).sum() < 600 and np.array_equal(choose("random", 1000), choose("random", 1000))
 
 
-def test_imports_go_one_way():
-    packages = set(sys.stdlib_module_names) | {"torch", "numpy", "tqdm", "PIL", "scipy"}
-    for i, name in enumerate(STAGES):
-        for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
-            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            found += [node.module] if isinstance(node, ast.ImportFrom) else []
-            later = {"tokenizer"} if name == "fid" else set()        # fid.py latents, inside its function
-            assert {module.split(".")[0] for module in found} <= packages | {*STAGES[:i]} | later, name
-    assert {p.name for p in HERE.glob("*.py")} == {f"{name}.py" for name in (*STAGES, "test_all")}
+def imports_of(name: str) -> dict[str, int]:
+    """Modules that a script imports, and how many names from each."""
+    found = {}
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for module in [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+                found[module.split(".")[0]] = max(found.get(module.split(".")[0], 0), len(node.names))
+    return found
 
 
 BLOCK = """import runpy, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name in {"fcntl", "resource", "pwd", "grp", "termios"}:
+        if name in blocked:
             raise ModuleNotFoundError(f"No module named {name}", name=name)
+blocked = {"fcntl", "resource", "pwd", "grp", "termios"}
 sys.meta_path.insert(0, Finder())
-for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+for name in blocked:
     sys.modules.pop(name, None)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
@@ -2195,110 +2031,117 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_help_shows_every_flag_without_the_modules_of_unix(name):
+def test_help_shows_every_flag_without_the_modules_of_unix_and_imports_go_one_way(name, monkeypatch):
     """As on Windows and macOS: where fcntl, resource, pwd, grp and termios cannot be imported."""
     command = [sys.executable, "-c", BLOCK, str(HERE / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    flags = [f for f in dataclasses.fields(sys.modules[name].Config) if "help" in f.metadata]
-    for f in flags:
-        assert "--" + f.name.replace("_", "-") in done.stdout and f.metadata["help"].split()[0] in done.stdout
-    assert len(flags) + 2 >= len(set(re.findall(r"^  (--\w[\w-]*)", done.stdout, re.MULTILINE)))
+    for f in dataclasses.fields(sys.modules[name].Config):
+        if "help" in f.metadata:
+            assert "--" + f.name.replace("_", "-") in done.stdout and f.metadata["help"].split()[0] in done.stdout
+    packages = set(sys.stdlib_module_names) | {"torch", "numpy", "tqdm", "PIL", "scipy"}
+    later = {"tokenizer"} if name == "fid" else set()    # fid.py latents, inside its function
+    assert imports_of(name).keys() <= packages | {*STAGES[:STAGES.index(name)]} | later
+    monkeypatch.delenv("MAETOK_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)    # as where nobody knows the user
+    refused(data.cache_dir, message="set MAETOK_CACHE")
 
 
-EXPERIMENTS = {"finding": ["--table", HERE / "results/finding", "--out", "t"]}     # tiny commands
+TINY_FLAGS = {name: [f"--{k.replace('_', '-')}={v}" for k, v in TINY[name].items()
+                     if "help" in sys.modules[name].Config.__dataclass_fields__[k].metadata] for name in TINY}
+SMALL = json.dumps({"tokenizer.py": TINY_FLAGS["tokenizer"], "sample.py": ["--num-samples", "40"],
+                    "diffusion.py": [*TINY_FLAGS["diffusion"], "--samples", "40"]})
+TOKENIZER = shlex.join(["tokenizer.py", *TINY_FLAGS["tokenizer"], "--steps=3", "--stage2-steps=3", "--precision=fp32"])
+EXPERIMENTS = {                                          # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HERE
+    "common": [], "finding": [
+        ["--out", "f", "--kinds", "mae_hog", "--seeds", "0", "--steps", "6", "--stage2-steps", "4", "--diffusion-steps", "6",
+         "--keep-every", "2", "--dims", "8", "--jobs", "1", "--args", SMALL], ["--table", "HERE/results/finding", "--out", "t"]],
+    "default_speed": [["a=HERE", "b=HERE", "--steps", TOKENIZER, "--rounds", "2", "--out", "o"]],
+    "official_step": [["--kinds", "ours, eager", "--rounds", "2", "--batch", "2", "2", "--model",
+                       '{"size":32,"width":24,"heads":2,"depth":1}', "--sit", "24", "1", "2", "--json", "o.json"]],
+    "bench": [["log", "CHAIN/tokenizer/log.jsonl", "--size", "128", "--out", "o"], ["cost", "--out", "o"],
+              ["data", "--images", "12", "--batch", "4", "--rounds", "2", "--out", "o"],
+              ["fid", "--weights", "WEIGHTS", "--batch", "1", "--rounds", "1", "--out", "o"]],
+    "samplers": [["--model", "CHAIN/diffusion/ckpt.pt", "--num-samples", "20", "--samplers", "euler", "heun", "--steps", "2",
+                  "--guidance", "1.0", "--out", "o"]],
+    "compare": [[f"tiny={TOKENIZER} --save-every=1", "--processes", "1", "2", "--out", "o"]]}
 
 
 @pytest.mark.parametrize("path", sorted((HERE / "experiments").glob("*.py")), ids=lambda path: path.stem)
-def test_experiments_run(path, cache, tmp_path):
-    for args in filter(None, [["--help"], EXPERIMENTS.get(path.stem)]):
-        done = subprocess.run([sys.executable, path, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, check=False)
-        needs = re.search("needs (matplotlib)", done.stderr)
-        if needs:
-            pytest.skip(needs[0])
+def test_experiments_run(path, chain, made_weights, tmp_path):
+    if path.stem in ("finding", "samplers"):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for args in ([["--help"], *EXPERIMENTS[path.stem]]):
+        args = [arg.replace("CHAIN", str(chain)).replace("WEIGHTS", str(made_weights)).replace("HERE", str(HERE)) for arg in args]
+        done = subprocess.run([sys.executable, path, *args], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.bookkeeping
 def test_budgets():
     """Lines, bytes, flags, imported names."""
-    sizes = {p.stem: (len(p.read_text().splitlines()), p.stat().st_size) for p in HERE.glob("*.py")}
-    for name, lines in {"tokenizer": 900, "diffusion": 525, "sample": 140, "fid": 750, "data": 700, "test_all": 1600}.items():
-        assert sizes[name][0] <= lines, name
-    assert sum(sizes[name][0] for name in STAGES) <= 3000 and sum(sizes[name][1] for name in STAGES) <= 160_000
+    lines, size = ({p.stem: count(p) for p in HERE.glob("*.py")} for count in (
+        lambda p: len(p.read_text().splitlines()), lambda p: p.stat().st_size))
+    assert sum(lines[name] for name in STAGES) <= 3850 and sum(size[name] for name in STAGES) <= 200_000
+    assert lines["test_all"] <= 2200
     assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 900
     for name, flags in {"tokenizer": 36, "diffusion": 26, "sample": 18, "fid": 12}.items():
-        said = script("sample", "--help", cwd=HERE).stdout if name == "sample" else subprocess.run(
-            [sys.executable, HERE / f"{name}.py", "--help"], capture_output=True, text=True, check=True).stdout
-        found = set(re.findall(r"^  (--\w[\w-]*)", said, re.MULTILINE))
-        assert len(found) <= flags, (name, len(found))
-        for node in ast.parse((HERE / f"{name}.py").read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module in ("data", "fid"):
-                assert len(node.names) <= {"data": 14, "fid": 9}[node.module], (name, node.module, len(node.names))
+        command = [sys.executable, HERE / f"{name}.py", "--help"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert len(set(re.findall(r"^  (--\w[\w-]*)", said, re.MULTILINE))) <= flags, name
+        assert imports_of(name).get("data", 0) <= 14 and imports_of(name).get("fid", 0) <= 9, name
+    assert {p.name for p in HERE.glob("*.py")} == {f"{name}.py" for name in (*STAGES, "test_all")}
 
 
 @pytest.mark.bookkeeping
 def test_readme_counts_the_lines_and_quotes_the_code():
     readme = README.read_text()
-    for path in HERE.glob("*.py"):
-        said = int(re.search(rf"\| \[{path.name}\].*?\| (\d+) \|", readme)[1])
-        assert said == pytest.approx(len(path.read_text().splitlines()), rel=0.03), path.name
-    sources = [[line.strip() for line in path.read_text().splitlines()] for path in HERE.glob("*.py")]
+    sources = {path.name: [line.strip() for line in path.read_text().splitlines()] for path in HERE.glob("*.py")}
+    for name, source in sources.items():
+        assert int(re.search(rf"\| \[{name}\].*?\| (\d+) \|", readme)[1]) == pytest.approx(len(source), rel=0.03), name
     for block in re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL):
         for part in block.strip().split("\n\n"):
             lines = [line.strip() for line in part.splitlines()]
-            assert any(lines == source[i:i + len(lines)] for source in sources for i in range(len(source))), part
+            assert any(lines == source[i:i + len(lines)] for source in sources.values() for i in range(len(source))), part
 
 
 def test_every_command_of_the_readme_runs(cache, made_weights, tmp_path):
-    """All of its sh blocks, by bash as they stand, but: installing is left out (.ci/run does it), placeholders become
-    small files, torchrun one process, and each script is given the smallest sizes behind its own flags.
+    """All of its sh blocks, in order in one folder, by bash as they stand, but: installing is left out (.ci/run does it),
+    placeholders become small files, torchrun one process, and each script is given the smallest sizes behind its own flags.
     """
-    at = tmp_path / "files"
-    for folder, count in (("images", 40), ("A", 8), ("B", 9)):
+    at, commands = tmp_path / "files", tmp_path / "bin"
+    make_folder(at / "images", 20, size=16)
+    for folder, count in (("A", 8), ("B", 9)):
         make_folder(at / folder, count, ("",), 16)
     for name, file, meta in (("maetok-b-128", "tokenizer_tiny_b_movq", {"vq_mean": 0.5, "vq_std": 2.0}),
                              ("sit-xl", "sit_tiny_b", {"num_heads": 6})):
         (at / name).mkdir()
         write_safetensors(at / name / "model.safetensors", golden(f"maetok/{file}")[1])
         (at / name / "config.json").write_text(json.dumps(meta))
-
-    def flags(name):
-        fields = [f.name for f in dataclasses.fields(sys.modules[name].Config) if "help" in f.metadata]
-        return [f"--{k.replace('_', '-')}={v}" for k, v in TINY[name].items() if k in fields]
-
-    sizes = {"tokenizer": [*flags("tokenizer"), "--steps=2", "--stage2-steps=1", "--batch-size=4", f"--weights={made_weights}"],
-             "diffusion": [*flags("diffusion"), "--steps=4", "--keep-every=2", "--samples=20", "--batch-size=8"],
-             "sample": ["--num-samples=20", "--steps=2"], "fid": [f"--weights={made_weights}", "--dims=8"],
-             "data": ["--size=16"]}
-    cases = [f"*/{name}.py|{name}.py) shift; exec {sys.executable} {HERE}/{name}.py \"$@\" {' '.join(more)};;"
+    sizes = {"tokenizer": [*TINY_FLAGS["tokenizer"], "--steps=2 --stage2-steps=1 --batch-size=4", f"--weights={made_weights}"],
+             "diffusion": [*TINY_FLAGS["diffusion"], "--steps=4 --keep-every=2 --samples=20 --batch-size=8"],
+             "sample": ["--num-samples=20 --steps=2"], "fid": [f"--weights={made_weights} --dims=8"], "data": ["--size=16"]}
+    cases = [f"{name}.py) shift; exec {sys.executable} {HERE}/{name}.py \"$@\" {' '.join(more)};;"
              for name, more in sizes.items()]
     cases += [f'-m) exec {sys.executable} "$@" --collect-only;;',
-              f'experiments/*) script=$1; shift; exec {sys.executable} {HERE}/$script --help;;']
-    (tmp_path / "bin").mkdir()
+              f'experiments/*) script=$1; exec {sys.executable} {HERE}/$script --help;;', '*) echo "what is $*?"; exit 1;;']
+    commands.mkdir()
     for name in ("python", "torchrun"):
-        (tmp_path / "bin" / name).write_text("#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\ncase $1 in\n" + "\n".join(
-            cases) + '\nesac\necho "what is $*?"; exit 1\n')
-        (tmp_path / "bin" / name).chmod(0o755)
+        text = ["#!/bin/bash", "while [[ $1 == --* ]]; do shift; done", "case $1 in", *cases, "esac\n"]
+        (commands / name).write_text("\n".join(text))
+        (commands / name).chmod(0o755)
     stand_ins = {"path/to/images": at / "images", "/data/imagenet": at / "images", "path/to/maetok-b-128": at / "maetok-b-128",
                  "path/to/sit-xl": at / "sit-xl", " A B": f" {at}/A {at}/B", "stats B": f"stats {at}/B",
                  " test_all.py": f" {HERE}/test_all.py"}
-    blocks, used = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL), set()
-    for i, block in enumerate(blocks):
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert all(old in "".join(blocks) for old in stand_ins) and sum("torchrun" in block for block in blocks) >= 4
+    for block in blocks:
         block = re.sub(r"python3 -m venv .*?requirements.txt( pytest(-xdist)?==[\d.]+)* && ", "", block)
         for old, new in stand_ins.items():
-            used |= {old} if old in block else set()
             block = block.replace(old, str(new))
-        blocks[i] = "set -e\n" + block
-    assert used == stand_ins.keys() and sum("torchrun" in block for block in blocks) >= 4
-
-    def execute(i):                                      # a block may use what the blocks before it made
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-        done = subprocess.run(["bash", "-c", blocks[i]], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, blocks[i] + done.stdout[-2000:] + done.stderr[-2000:]
-
-    for i in range(len(blocks)):
-        execute(i)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{commands}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, block + done.stdout[-2000:] + done.stderr[-2000:]
 
 
 # Numbers of the README that are no measurement of ours. Of the paper: its tables and figures as the README quotes them
@@ -2313,10 +2156,10 @@ def test_numbers_in_the_readme_are_in_the_results(monkeypatch):
     """Every decimal number outside code: a rounded value of some file in results/, or named above. Whole percentages, too,
     though among so many values few of them could fail. And the tables of the finding are those that its files make.
     """
-    found, unknown, readme = [], [], README.read_text()
+    found, rows, unknown, readme = [], set(), [], README.read_text()
 
     def leaves(x):
-        for value in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+        for value in x.values() if isinstance(x, dict) else x if isinstance(x, (list, set)) else ():
             leaves(value)
         if isinstance(x, (int, float)):
             found.append(float(x))
@@ -2324,22 +2167,24 @@ def test_numbers_in_the_readme_are_in_the_results(monkeypatch):
             found.extend(float(n) for n in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", x))
 
     monkeypatch.syspath_prepend(str(HERE / "experiments"))
-    finding, rows = importlib.import_module("finding"), set()
+    finding = importlib.import_module("finding")
     for path in (HERE / "results").glob("*/table.md"):
         runs = [json.loads(file.read_text()) for file in sorted(path.parent.glob("*-*.json"))]
         kinds = sorted({run["kind"] for run in runs}, key=lambda kind: (kind.startswith("mae"), kind))
         assert finding.markdown({kind: [run for run in runs if run["kind"] == kind] for kind in kinds}) == path.read_text()
         rows |= set(path.read_text().splitlines())
+    for path in (HERE / "results").rglob("*.json"):
+        leaves(json.loads(path.read_text()))
+    leaves(rows)
     quoted = [line for line in readme.splitlines() if line.split("|")[1:2] and line.split("|")[1].strip() in finding.MEASURES]
     assert len(quoted) > 5 and set(quoted) <= rows
-    leaves([*rows, *(json.loads(path.read_text()) for path in (HERE / "results").rglob("*.json"))])
-    readme = re.sub(r"^```.*?^```|`[^`]*`|\]\(.*?\)|^#.*?$|Eq\. ?\d+|\(\[arXiv.*?\)", " ", "\n".join(
-        line for line in readme.splitlines() if line not in quoted), flags=re.MULTILINE | re.DOTALL)
+    text = "\n".join(line for line in readme.splitlines() if line not in quoted)
+    text = re.sub(r"^```.*?^```|`[^`]*`|\]\(.*?\)|^#.*?$|Eq\. ?\d+|\(\[arXiv.*?\)", " ", text, flags=re.MULTILINE | re.DOTALL)
     values = np.array(found)
-    for text, percent in re.findall(r"(?<![\w.\-])(\d[\d,]*(?:\.\d+)*)( %)?", readme):
-        text = text.rstrip(",").replace(",", "")
-        if ("." in text or percent) and text not in PAPERS | SETTINGS:
-            half = 0.5 * 10.0 ** -len(text.partition(".")[2]) + 1e-9
-            if text.count(".") > 1 or not any((np.abs(scale * values - float(text)) <= half).any() for scale in (1, 100)):
-                unknown.append(text)
+    for number, percent in re.findall(r"(?<![\w.\-])(\d[\d,]*(?:\.\d+)*)( %)?", text):
+        number = number.rstrip(",").replace(",", "")
+        if ("." in number or percent) and number not in PAPERS | SETTINGS:
+            half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+            known = number.count(".") < 2 and [(np.abs(scale * values - float(number)) <= half).any() for scale in (1, 100)]
+            unknown += [] if known and any(known) else [number]
     assert not unknown
