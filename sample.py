@@ -139,7 +139,7 @@ def main(cfg: Config, dist: Dist) -> None:
         columns = min(10, len(classes)) if len(classes) > 1 else 8
         names = tuple(classes[c] for c in labels[first]) if len(classes) > 1 else ()
         save_grid(out / "grid.png", torch.from_numpy(images[first]).permute(0, 3, 1, 2), columns, names=names)
-        shutil.rmtree(out / "parts")
+        shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may still write there
     dist.print(f"{cfg.num_samples} images of {cfg.model} ({cfg.sampler}, {sampling.nfe()} network calls, or "
                f"{sampling.nfe_with_guidance()} if a guided one counts twice; guidance {guidance:g} on "
                f"[{cfg.guidance_low:g}, {cfg.guidance_high:g}], {cfg.labels} labels, {dist.precision})")
