@@ -596,7 +596,8 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     """Stage 1 (Sec. 3.2) or stage 2 (Sec. 3.3). Returns the averaged model. `state`: the checkpoint to go on from.
 
     Stage 1 trains all of the model with Eq. 6 and Eq. 8 on masked images. Stage 2 trains the decoder with Eq. 6 while
-    the mask ratio falls to zero.
+    the mask ratio falls to zero. One step: batch and mask; forward; image terms down to the pixels (Eq. 6); masked targets
+    (Eq. 8); one backward pass; learning rate, clip, optimizers; discriminator; average; log; save.
     """
     steps = cfg.steps if stage == 1 else cfg.stage2_steps
     if stage == 2:  # encoder and latents stay bit-identical
