@@ -65,9 +65,10 @@ def reading(path: str | Path, what: str):
 def writing(path: str | Path):
     """A temporary file that takes the name `path` once it is whole and on the disk. No two processes share one."""
     part = Path(f"{path}.{os.getpid()}.part")
-    for old in part.parent.glob("*.part"):  # a run that was killed left it
-        if old.stat().st_mtime < time.time() - 3600:
-            old.unlink(missing_ok=True)
+    for old in part.parent.glob("*.part"):  # a run that was killed left it, or another run renames it just now
+        with contextlib.suppress(FileNotFoundError):
+            if old.stat().st_mtime < time.time() - 3600:
+                old.unlink()
     try:
         with open(part, "wb") as file:
             yield file
