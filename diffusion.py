@@ -6,7 +6,6 @@ A latent x is L tokens of H channels, normalised; eps is Gaussian noise of the s
 (noise): x_t = alpha x + sigma eps. The network learns the velocity v = alpha' x + sigma' eps; on the linear path
 v = eps - x. Sampling follows v from t = 1 to t = 0.
 """
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -623,7 +622,7 @@ def main(cfg: Config, dist: Dist) -> None:
         columns = min(classes, 10)
         y = torch.arange(columns).repeat(8)
         names = tuple(images.classes[c] for c in range(columns)) if classes > 1 else ()
-        grid = generate(copy.deepcopy(model).eval(), decode, range(len(y)), y, sampling, cfg.path, dist)
+        grid = generate(model, decode, range(len(y)), y, sampling, cfg.path, dist)
         save_grid(out / "samples.png", grid, columns, names)
 
     model = train(cfg, dist, latents, meta, preview, state)
