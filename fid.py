@@ -2,13 +2,13 @@
 
     torchrun fid.py  # out/samples/samples.npz against its data -> metrics.json
     torchrun fid.py A B  # FID, sFID, IS, precision, recall of A against B
-    torchrun fid.py stats B --out ref.npz  # statistics of B, to give in place of B
+    torchrun fid.py stats B --out ref.npz  # statistics of B, to give in its place
     python fid.py latents CKPT [CKPT ...] --out DIR  # linear probe, Gaussian mixtures
 
-A and B: an npz with arr_0 (uint8 n x S x S x 3), a folder of images of one size, or a data set. B may be statistics
-(mu, sigma, mu_s, sigma_s). `fid` is as ADM's; `fd_classifier` uses a network trained on the labels of the data set.
+A and B: an npz with arr_0 (uint8 n x S x S x 3), a folder of images, or a data set. B may be statistics.
+`fid` is as ADM's; `fd_classifier` uses a network trained on the labels of the data set.
 """
-import argparse
+import argparse  # noqa: I001
 import functools
 import itertools
 import json
@@ -16,8 +16,6 @@ import math
 import os
 import re
 import sys
-import time
-import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,127 +26,87 @@ import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 from data import (
-    Dist,
-    ImageSet,
-    Loader,
-    cache_dir,
-    die,
-    download,
-    find_images,
-    launch,
-    load_checkpoint,
-    option,
-    read_image,
-    reading,
-    to_float,
-    writing,
-)
+    Dist, ImageSet, Loader, cache_dir, die, download, find_images, launch,
+    lr_schedule, option, read_image, reading, to_float, writing)
 
-# ---------------- 1. Pretrained weights
+# ---- Pretrained weights
 
 META = "https://dl.fbaipublicfiles.com"
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
 SIGLIP = "https://huggingface.co/google/siglip-large-patch16-256/resolve/main/model.safetensors"
 FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
-INCEPTION = "pt_inception-2015-12-05-6726825d"
+INCEPTION, DINO = "pt_inception-2015-12-05-6726825d", "dino_deitsmall16_pretrain"
 WEIGHTS = {  # name: address, start of the published sha256
     "vgg16-397923af": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
-    "lpips_vgg": (LPIPS, "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    "lpips_vgg": (LPIPS, "a78928a0"),
     INCEPTION: (f"{FID}/{INCEPTION}.pth", "6726825d"),
-    "dino_deitsmall16_pretrain": (f"{META}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", ""),
+    DINO: (f"{META}/dino/{DINO}/{DINO}.pth", ""),
     "siglip-large-patch16-256": (SIGLIP, "")}
 for net in ("vits14", "vits14_reg4", "vitb14", "vitb14_reg4", "vitl14", "vitl14_reg4"):
     WEIGHTS[f"dinov2_{net}_pretrain"] = f"{META}/dinov2/dinov2_{net[:6]}/dinov2_{net}_pretrain.pth", ""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 Weights = dict[str, Tensor]
 
-
-def pretrained(name: str, folder: str, hint: str) -> Weights:
-    """Weights of the table: NAME.pth or .safetensors in the folder ("": the cache), else downloaded into it."""
-    root = Path(folder or cache_dir()).absolute()
-    for path in (root / f"{name}.pth", root / f"{name}.safetensors"):
-        if path.exists():
-            return read_weights(path)
+def pretrained(name: str, folder: str, dist: Dist, hint: str) -> Weights:
+    """Weights of the table, from the folder ("": the cache), else downloaded into it."""
     url, sha256 = WEIGHTS[name]
-    path = root / f"{name}{Path(url).suffix}"
-    return read_weights(download(url, path, sha256, f" (--weights), or do without: {hint}"))
-
+    root = Path(folder or cache_dir()).absolute()
+    paths = [root / f"{name}{suffix}" for suffix in (Path(url).suffix, ".pth", ".safetensors")]
+    path = next(filter(Path.exists, paths), paths[0])
+    hint = f" (--weights), or do without: {hint}"
+    return read_weights(dist.rank0_first(lambda: download(url, path, sha256, hint)))
 
 def read_weights(path: str | Path) -> Weights:
-    """Tensors by name, on the CPU, of a .safetensors or a torch file. Runs no code from the file."""
+    """Tensors by name, on the CPU, of a .safetensors or torch file. Runs no code from it."""
     with reading(path, "a file of weights"):
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # settings beside the weights
             state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("ema", "model", "state_dict"):  # wrappings of training checkpoints, best first
+        for name in ("ema", "model", "state_dict"):  # wrappings, best first
             state = state[name] if isinstance(state.get(name), dict) else state
         return dict(state)
 
-
 def read_safetensors(path: str | Path) -> Weights:
-    """Memory-mapped tensors: 8 bytes of header length, a JSON header, tensors without gaps."""
-    raw = np.memmap(path, np.uint8, "c")  # copy on write: nothing reaches the file
+    """8 bytes of header length, a JSON header, tensors."""
+    raw = np.memmap(path, np.uint8, "c")
     begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-    pairs = json.loads(raw[8:begin].tobytes(), object_pairs_hook=list)
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name stands twice")
-    header = {name: dict(entry) for name, entry in pairs if name != "__metadata__"}
+    header = json.loads(raw[8:begin].tobytes())
+    header.pop("__metadata__", None)
     body, tensors = torch.from_numpy(raw)[begin:], {}
-    end = 0  # of the tensor before
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+    for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        sane = len(shape) <= 8 and all(type(n) is int and 0 <= n <= len(raw) for n in shape)
-        if not sane or start != end or stop != start + math.prod(shape) * dtype.itemsize or stop > len(body):
-            raise ValueError(f"{name}: {entry['dtype']} {shape} at bytes {start} to {stop}")
-        part = body[start:stop]
-        if (begin + start) % dtype.itemsize:  # torch needs aligned addresses
-            part = part.clone()
-        tensors[name] = part.view(dtype).reshape(shape)
-        end = stop
+        part = body[start:stop].clone()  # torch needs an aligned address
+        tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
+def fold_layer_scale(weights: Weights, attention: str, mlp: str) -> None:
+    """Multiply LayerScale (`ls1.gamma`, `ls2.gamma`) into the matrices of these names."""
+    for block in {key[:-9] for key in weights if key.endswith(("ls1.gamma", "ls2.gamma"))}:
+        for scale, layer in (("ls1", block + attention), ("ls2", block + mlp)):
+            gamma, bias = weights.pop(f"{block}{scale}.gamma"), weights[f"{layer}.bias"]
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * gamma[:, None]
+            weights[f"{layer}.bias"] = bias * gamma.view_as(bias)  # a gamma of another size fails
 
-def fold_layer_scale(weights: Weights, attention: str, mlp: str) -> Weights:
-    """Multiply LayerScale (`blocks.i.ls1.gamma`, `ls2.gamma`) into the matrices of these names, in place."""
-    scaled = {key.rsplit(".", 3)[0] for key in weights if re.search(r"\.\d+\.ls[12]\.gamma$", key)}
-    for scale, matrix in (("ls1", attention), ("ls2", mlp)):
-        for key in [key for key in weights if key.endswith(f".{matrix}.weight")]:
-            layer = key.removesuffix(f".{matrix}.weight")
-            if layer.rpartition(".")[0] in scaled:  # one layer has scales, so all must
-                gamma = weights.pop(f"{layer}.{scale}.gamma")
-                if not gamma.shape == weights[f"{layer}.{matrix}.bias"].shape == weights[key].shape[:1]:
-                    raise ValueError(f"{layer}.{scale}.gamma is {list(gamma.shape)}")
-                weights[key] = weights[key] * gamma[:, None]
-                weights[f"{layer}.{matrix}.bias"] = weights[f"{layer}.{matrix}.bias"] * gamma
-    return weights
-
-
-# ---------------- 2. Frozen networks: vision transformers, LPIPS, Inception
+# ---- Frozen networks: vision transformers, LPIPS, Inception
 
 KEY_MAP = {  # names in the public files -> in torch's own layer
-    "vision_model.": "", "encoder.": "", "embeddings.position_embedding.weight": "pos_embed", "blocks.": "layers.",
-    "embeddings.patch_embedding": "patch_embed", "patch_embed.proj": "patch_embed", "attn.qkv.": "self_attn.in_proj_",
-    "attn.proj": "self_attn.out_proj", "post_layernorm": "norm", "layer_norm": "norm", "mlp.fc": "linear"}
+    "vision_model.": "", "encoder.": "", "embeddings.": "", "position_embedding.weight": "pos_embed",
+    "patch_embedding": "patch_embed", "patch_embed.proj": "patch_embed", "blocks.": "layers.",
+    "attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "mlp.fc": "linear",
+    "post_layernorm": "norm", "layer_norm": "norm"}
 UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
 
-
 def freeze(net: nn.Module, dist: Dist) -> nn.Module:
-    """To the device, without gradients. For bf16 the matrices are converted once, not in every call."""
-    net = net.to(dist.device).eval().requires_grad_(False)
-    for module in net.modules() if dist.precision == "bf16" else ():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
-            module.to(torch.bfloat16)
-    return net
-
+    return net.to(dist.device).eval().requires_grad_(False)
 
 class VisionTransformer(nn.Module):
-    """DINO, DINOv2 (with registers or without) or SigLIP's vision tower, sizes as in the weights."""
+    """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights."""
 
     def __init__(self, weights: Weights, kind: str, heads: int = 0):
         super().__init__()
@@ -169,16 +127,14 @@ class VisionTransformer(nn.Module):
             prefix = pos[:, :0]
             if kind != "siglip":  # a class token, with a position of its own
                 prefix, pos = w.pop("cls_token") + pos[:, :1], pos[:, 1:]
-            registers = w.pop("register_tokens", prefix[:, :0])
-            if math.isqrt(pos.shape[1]) ** 2 != pos.shape[1]:
-                raise ValueError(f"{pos.shape[1]} positions are not a square grid")
+            registers = w.pop("register_tokens", pos[:, :0])
 
-            # DINO was trained with exact GELU; the published discriminators on it use tanh's, as we do.
+            # DINO was trained with exact GELU; published discriminators on it use tanh's.
             gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
-            heads = heads or (16 if width == 1152 else max(1, width // 64))  # SigLIP so400m
+            heads = heads or (16 if width == 1152 else max(1, width // 64))  # 1152: so400m
             layer = width, heads, len(w["layers.0.linear1.weight"]), 0, gelu, 1e-6, True, True
             depth = sum(key.endswith(".linear1.weight") for key in w)
-            with torch.device("meta"):  # no memory: the weights themselves move in
+            with torch.device("meta"):  # no memory: the weights move in
                 self.patch_embed = nn.Conv2d(3, width, patch, patch)
                 self.layers = nn.ModuleList(nn.TransformerEncoderLayer(*layer) for _ in range(depth))
                 self.norm = nn.LayerNorm(width, 1e-6)
@@ -186,13 +142,14 @@ class VisionTransformer(nn.Module):
 
         self.kind, self.width, self.patch = kind, width, patch
         self.prefix, self.registers = prefix.shape[1], registers.shape[1]
-        imagenet, half = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3,) * 2  # mean, std of RGB
-        self.register_buffer("statistics", torch.tensor(half if kind == "siglip" else imagenet)[..., None, None])
+        rgb = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
+        rgb = torch.tensor(((0.5,) * 3,) * 2 if kind == "siglip" else rgb)
+        self.register_buffer("rgb", rgb[..., None, None])
         self.register_buffer("pos_embed", pos)
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Patch positions, 1 x rows*columns x D, stretched as the network's own code does it."""
+        """Patch positions, 1 x rows*columns x D, stretched as in the network's own code."""
         m = math.isqrt(self.pos_embed.shape[1])
         if rows == columns == m:
             return self.pos_embed
@@ -217,27 +174,31 @@ class VisionTransformer(nn.Module):
         return self.norm(x)
 
     def normalise(self, image: Tensor) -> Tensor:
-        return (image * 0.5 + 0.5 - self.statistics[0]) / self.statistics[1]
+        return (image * 0.5 + 0.5 - self.rgb[0]) / self.rgb[1]
 
     @torch.no_grad()
     def patch_features(self, image: Tensor, grid: int) -> Tensor:
         """Images in [-1, 1], resized to grid x grid patches -> B x grid*grid x D."""
         size = grid * self.patch
         if image.shape[-1] != size:
-            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+            image = F.interpolate(image, size, mode="bicubic", antialias=True)
         return self(self.normalise(image))[:, self.prefix + self.registers:].float()
-
 
 def load_vit(name: str, folder: str, dist: Dist, hint: str) -> VisionTransformer:
     """A frozen transformer of WEIGHTS; the first word of its name is its kind."""
-    weights = dist.rank0_first(lambda: pretrained(name, folder, hint))
+    weights = pretrained(name, folder, dist, hint)
     return freeze(VisionTransformer(weights, re.split("[_-]", name)[0]), dist)
 
+def convolution(weight: Tensor, bias: Tensor, stride: int = 1, padded: bool = True) -> nn.Conv2d:
+    out, channels, *kernel = weight.shape
+    conv = nn.Conv2d(channels, out, kernel, stride, [k // 2 * padded for k in kernel])
+    conv.load_state_dict({"weight": weight, "bias": bias})
+    return conv
 
 class Lpips(nn.Module):
     """LPIPS v0.1 on VGG16 (Zhang et al. 2018): distance of images in [-1, 1], B values."""
 
-    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # convolutions by torchvision's number
+    STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))  # torchvision's numbers
 
     def __init__(self, vgg: Weights, heads: Weights):
         super().__init__()
@@ -245,19 +206,18 @@ class Lpips(nn.Module):
         with reading("the file", "weights of VGG16 or LPIPS"):
             for i, numbers in enumerate(self.STAGES):
                 stage = nn.Sequential()
-                for number in numbers:
-                    w, b = (vgg[f"features.{number}.{part}"].float() for part in ("weight", "bias"))
-                    conv = nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1)
-                    conv.load_state_dict({"weight": w, "bias": b})
+                for n in numbers:
+                    conv = convolution(vgg[f"features.{n}.weight"], vgg[f"features.{n}.bias"])
                     stage.extend([conv, nn.ReLU()])
                 self.stages.append(stage)
                 self.heads.append(heads[f"lin{i}.model.1.weight"].float())
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        rgb = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])  # mean, std
+        self.register_buffer("rgb", rgb[..., None, None])
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Five activations of VGG16, each of unit length over its channels."""
-        x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+        x = (x - self.rgb[0]) / self.rgb[1]
+        x = x.contiguous(memory_format=torch.channels_last)
         features = []
         for i, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if i else x)
@@ -266,30 +226,27 @@ class Lpips(nn.Module):
 
     def layers(self, a: Tensor, b: Tensor) -> Tensor:
         """The five parts of the distance, B x 5."""
-        triples = zip(self.heads, self.features(a), self.features(b))
-        return torch.stack([(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in triples], 1)
+        parts = zip(self.heads, self.features(a), self.features(b))
+        parts = [(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in parts]
+        return torch.stack(parts, 1)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.layers(a, b).sum(1)
 
-
 def load_lpips(folder: str, dist: Dist) -> Lpips:
-    names = "vgg16-397923af", "lpips_vgg"
-    vgg, heads = dist.rank0_first(lambda: [pretrained(name, folder, "--lpips 0") for name in names])
+    vgg, heads = (pretrained(name, folder, dist, "--lpips 0") for name in ("vgg16-397923af", "lpips_vgg"))
     return freeze(Lpips(vgg, heads), dist)
 
-
-STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "pool", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "pool")
+STEM = "1a_3x3 2a_3x3 2b_3x3 pool 3b_1x1 4a_3x3 pool"
 STRIDED = re.compile(r"Conv2d_1a|Mixed_6a.branch3x3(dbl_3)?$|Mixed_7a.branch(3x3_2|7x7x3_4)")
 UNPADDED = re.compile(rf"{STRIDED.pattern}|Conv2d_[24]a")
-BRANCHES = {  # by kind of block: chains of convolutions
+BRANCHES = {  # by the kind of block: chains of convolutions
     "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
     "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
     "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
     "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
     "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b")}
-BLOCKS = dict(zip(("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"), "AAABCCCCDEE"))
-
+BLOCKS = "5bA 5cA 5dA 6aB 6bC 6cC 6dC 6eC 7aD 7bE 7cE"
 
 class Inception(nn.Module):
     """FID's Inception of 2015: uint8 B x 3 x H x W -> pool B x 2048, spatial B x 2023, logits B x 1008."""
@@ -298,65 +255,56 @@ class Inception(nn.Module):
         super().__init__()
         self.resize, self.convs = resize, nn.ModuleDict()
         with reading("the file", "weights of FID's Inception"):
-            self.register_buffer("fc", weights["fc.weight"].float())  # 1008 x 2048
-            for name in [key.removesuffix(".conv.weight") for key in weights if key.endswith(".conv.weight")]:
-                w = weights[f"{name}.conv.weight"].float()
-                parts = ("weight", "bias", "running_mean", "running_var")
-                gamma, beta, mean, variance = (weights[f"{name}.bn.{part}"].float() for part in parts)
-                scale = gamma * (variance + 1e-3).rsqrt()  # the batch norm, folded in
-                padding = (0, 0) if UNPADDED.match(name) else (w.shape[2] // 2, w.shape[3] // 2)
-                conv = nn.Conv2d(w.shape[1], w.shape[0], w.shape[2:], 1 + bool(STRIDED.match(name)), padding)
-                conv.load_state_dict({"weight": w * scale[:, None, None, None], "bias": beta - mean * scale})
+            self.register_buffer("fc", weights["fc.weight"].reshape(1008, 2048))
+            parts = "running_mean", "running_var", "weight", "bias"
+            for name in [key[:-12] for key in weights if key.endswith(".conv.weight")]:
+                mean, variance, *affine = (weights[f"{name}.bn.{part}"] for part in parts)
+                w = weights[f"{name}.conv.weight"]
+                w, b = fuse_conv_bn_weights(w, None, mean, variance, 1e-3, *affine)
+                conv = convolution(w, b, 1 + bool(STRIDED.match(name)), not UNPADDED.match(name))
                 self.convs[name.replace(".", "/")] = conv  # a module's name holds no dot
-            if len(self.convs) != 94:
-                raise ValueError(f"{len(self.convs)} convolutions, not 94")
 
-    def chain(self, x: Tensor, names: str, at: str = "") -> Tensor:
+    def chain(self, x: Tensor, names: str, at: str) -> Tensor:
         """Convolutions one after the other, a|b side by side."""
         for name in names.split():
-            x = torch.cat([F.relu(self.convs[at + part](x), inplace=True) for part in name.split("|")], 1)
+            x = torch.cat([F.relu(self.convs[at + part](x)) for part in name.split("|")], 1)
         return x
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.resize == "tf1":
             x = (tf_resize(images) - 128) / 128
         else:  # pytorch-fid
-            x = 2 * F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False) - 1
+            x = 2 * F.interpolate(images.float() / 255, 299, mode="bilinear") - 1
         x = x.contiguous(memory_format=torch.channels_last)
-        for name in STEM:
-            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.chain(x, name)
+        for name in STEM.split():
+            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.chain(x, name, "Conv2d_")
 
-        for block, kind in BLOCKS.items():
-            at = f"Mixed_{block}/branch"
+        for block in BLOCKS.split():
+            at, kind = f"Mixed_{block[:2]}/branch", block[2]
             parts = [self.chain(x, names, at) for names in BRANCHES[kind]]
             if kind in "BD":
                 parts.append(F.max_pool2d(x, 3, 2))
-            elif block == "7c":
+            elif block == "7cE":
                 parts.append(self.chain(F.max_pool2d(x, 3, 1, 1), "_pool", at))
             else:  # torchvision counts padded pixels, too
                 parts.append(self.chain(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "_pool", at))
-            if block == "6d":  # 17 x 17 x 7, flattened H, W, C
+            if block == "6dC":  # 17 x 17 x 7, flattened H, W, C
                 spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
             x = torch.cat(parts, 1)
-
-        with torch.autocast(x.device.type, enabled=False):
-            pool = x.float().mean((2, 3))
-            return pool, spatial, pool @ self.fc.T  # the Inception Score leaves out the bias
-
+        pool = x.float().mean((2, 3))
+        return pool, spatial, pool @ self.fc.T  # the Inception Score leaves out the bias
 
 def load_inception(folder: str, dist: Dist, resize: str = "tf1") -> Inception:
-    weights = dist.rank0_first(lambda: pretrained(INCEPTION, folder, "--features classifier or --no-rfid"))
-    return freeze(Inception(weights, resize), dist).to(memory_format=torch.channels_last)
+    weights = pretrained(INCEPTION, folder, dist, "--features classifier or --no-rfid")
+    return freeze(Inception(weights, resize), dist)
 
-
-# ---------------- 3. Moments and distances
+# ---- Moments and distances
 
 @dataclass
 class LazyImages:
-    """n images that are made when asked for: make(index array) -> uint8 B x 3 x S x S."""
+    """n images, made when asked for: make(index array) -> uint8 B x 3 x S x S."""
     n: int
     make: Callable
-    ahead: bool = False  # in another thread; not for networks: no_grad is per thread
 
     def __len__(self) -> int:
         return self.n
@@ -364,60 +312,51 @@ class LazyImages:
     def __getitem__(self, index: np.ndarray) -> Tensor:
         return self.make(index)
 
+Images = ImageSet | LazyImages
 
-def in_batches(images, dist: Dist, batch: int):
+def in_batches(images: Images, dist: Dist, batch: int):
     """This process's share, as (indices, uint8 B x 3 x S x S on the device)."""
     parts = torch.arange(len(images)).split(batch)[dist.rank::dist.world_size]
-    bar = tqdm(parts, desc="features", leave=False, disable=None if dist.is_main else True)
-    future = None
-    with ThreadPoolExecutor(1) as pool:
-        for i, index in enumerate(bar):
-            x = future.result() if future else images[index.numpy()]
-            if i + 1 < len(parts) and getattr(images, "ahead", True):  # files are read meanwhile
-                future = pool.submit(images.__getitem__, parts[i + 1].numpy())
-            yield index, x.to(dist.device)
-
+    for index in tqdm(parts, desc="features", leave=False, disable=None if dist.is_main else True):
+        yield index, images[index.numpy()].to(dist.device)
 
 class Moments:
     """Mean and covariance of features (B x D), in float64, over batches and processes."""
 
     def __init__(self, width: int, device: torch.device):
-        self.count, self.sum, self.outer = (
-            torch.zeros(shape, device=device).double() for shape in (1, width, (width, width)))
+        self.sums = torch.zeros(width + 1, width + 1, device=device).double()
 
     def add(self, features: Tensor) -> None:
-        # Multiples of 2^-15 sum up exactly, so no bit depends on the order or the size of the batches.
-        features = (features.double() * 2**15).round() / 2**15
-        self.count += len(features)
-        self.sum += features.sum(0)
-        self.outer += features.T @ features
+        # Multiples of 2^-15 sum up exactly: no bit depends on order or batches.
+        x = (features.double() * 2**15).round() / 2**15
+        x = F.pad(x, (0, 1), value=1.0)  # a column of ones counts and sums
+        self.sums += x.T @ x
 
     def finish(self, dist: Dist) -> tuple[Tensor, Tensor]:
-        n, total, outer = (dist.all_reduce(x).cpu() for x in (self.count, self.sum, self.outer))
-        mean = total / n
-        return mean, (outer - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
-
+        sums = dist.all_reduce(self.sums).cpu()
+        n, mean = sums[-1, -1], sums[-1, :-1] / sums[-1, -1]
+        return mean, (sums[:-1, :-1] - n * torch.outer(mean, mean)) / (n - 1).clamp(min=1)
 
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64."""
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
-    # The eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2) are real without full rank, too; scipy's sqrtm is not.
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
-    distance = ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
-    if not math.isfinite(distance):
-        die("a Frechet distance is not finite: the features or statistics are not")
-    return max(0.0, distance)
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2))
+    with reading("a mean or covariance", "finite and of the right size"):
+        # Eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2) are real at any rank; scipy's sqrtm is not.
+        values, vectors = torch.linalg.eigh(cov1)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+        distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
+        if not distance.isfinite():
+            raise ValueError("the distance")
+    return max(0.0, distance.item())
 
-
-# ---------------- 4. FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them
+# ---- FID, sFID, Inception Score, precision and recall, as in ADM
 
 def tf_resize(x: Tensor, size: int = 299) -> Tensor:
-    """TensorFlow 1's bilinear resize of B x 3 x H x W, bit by bit: no half-pixel shift, no smoothing."""
+    """TensorFlow 1's bilinear resize of B x 3 x H x W, bit by bit: no half-pixel shift."""
     for axis in (3, 2):  # first along rows of pixels, then along columns
         n = x.shape[axis]
-        at = torch.arange(size, device=x.device) * torch.tensor(n / size, dtype=torch.float32, device=x.device)
+        at = torch.arange(size, device=x.device) * torch.tensor(n / size)  # float32
         low = at.floor().long()
         weight = (at - low).view(-1, *[1] * (3 - axis))
         a = x.index_select(axis, low).float()
@@ -425,83 +364,59 @@ def tf_resize(x: Tensor, size: int = 299) -> Tensor:
         x = a + (b - a) * weight
     return x
 
-
-class InceptionScore:
-    """exp(mean KL(p(y|x) || p(y))) of blocks of 5,000 images in file order, averaged."""
-
-    def __init__(self, n: int, device: torch.device, block: int = 5000, classes: int = 1008):
-        self.block = block
-        # A row per block: sums of p and of p log p, number of images.
-        self.sums = torch.zeros(-(-n // block), classes + 2, device=device).double()
-
-    def add(self, index: Tensor, logits: Tensor) -> None:
-        log_p = logits.double().log_softmax(1)
+def inception_score(logits: Tensor, block: int = 5000) -> float:
+    """exp(mean KL(p(y|x) || p(y))) of blocks of the logits, n x classes, averaged."""
+    scores = []
+    for part in logits.split(block):
+        log_p = part.double().log_softmax(1)
         p = log_p.exp()
-        row = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], 1)
-        self.sums.index_add_(0, index.to(p.device) // self.block, row)
+        mean = p.mean(0)
+        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(mean, mean).sum()).exp())
+    return torch.stack(scores).mean().item()
 
-    def finish(self, dist: Dist) -> float:
-        p, negative_entropy, count = dist.all_reduce(self.sums).cpu().tensor_split([-2, -1], 1)
-        mean = p / count
-        return (negative_entropy[:, 0] / count[:, 0] - torch.special.xlogy(mean, mean).sum(1)).exp().mean().item()
+def knn_radii(x: Tensor) -> Tensor:
+    """Distance of each point (n x D) to its third nearest other point."""
+    return torch.cat([torch.cdist(part, x).kthvalue(4).values for part in x.split(2000)])
 
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
-
-
-def knn_radii(x: Tensor, k: int = 3, tile: int = 2000) -> Tensor:
-    """Squared distance of each point to its k-th nearest other point."""
-    if len(x) <= k:
-        die(f"precision and recall need more than {k} images in each set")
-    return torch.cat([squared_distances(part, x).kthvalue(k + 1, dim=1).values for part in x.split(tile)])
-
-
-def precision_recall(reference: Tensor, samples: Tensor, k: int = 3, tile: int = 2000) -> tuple:
+def precision_recall(reference: Tensor, samples: Tensor) -> tuple:
     """Share of samples within a radius of the reference, and the reverse (Kynkaanniemi 2019)."""
     def covered(points, centres):
-        radii, hits = knn_radii(centres, k, tile), 0
-        for part in points.split(tile):  # n x n distances would not fit; ADM's are float16
-            tiles = zip(centres.split(tile), radii.split(tile))
-            hits += sum((squared_distances(part, c) <= r).any(1) for c, r in tiles).count_nonzero().item()
-        return hits / len(points)
+        radii = knn_radii(centres)  # in parts, as n x n distances would not fit
+        hits = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(2000)]
+        return torch.cat(hits).double().mean().item()
 
     return covered(samples, reference), covered(reference, samples)
 
+STATISTICS = "mu", "sigma", "mu_s", "sigma_s"
 
 @torch.no_grad()
-def inception_statistics(net: Inception, images, dist: Dist, batch: int = 100, keep: int = 0) -> dict:
-    """mu, sigma, mu_s, sigma_s, Inception Score of uint8 images; pool features of at most `keep`, evenly spaced."""
-    pool_moments, spatial_moments = Moments(2048, dist.device), Moments(2023, dist.device)
-    score = InceptionScore(len(images), dist.device)
-    kept = torch.from_numpy(np.linspace(0, len(images) - 1, min(len(images), keep)).astype(int))
-    features = torch.zeros(len(kept), 2048, device=dist.device)  # each process fills its rows
+def inception_statistics(net: Inception, images: Images, dist: Dist, batch: int = 100, every: int = 1) -> dict:
+    """STATISTICS of uint8 images; pool features and logits of one in `every`."""
+    moments = Moments(2048, dist.device), Moments(2023, dist.device)
+    rows = torch.zeros(math.ceil(len(images) / every), 2048 + 1008, device=dist.device)
     for index, x in in_batches(images, dist, batch):
         with dist.autocast():
             pool, spatial, logits = net(x)
-        pool_moments.add(pool)
-        spatial_moments.add(spatial)
-        score.add(index, logits)
-        inside = torch.isin(index, kept)
-        features[torch.searchsorted(kept, index[inside]).to(dist.device)] = pool[inside.to(dist.device)]
+        moments[0].add(pool)
+        moments[1].add(spatial)
+        kept = index % every == 0
+        rows[index[kept] // every] = torch.cat([pool, logits], 1)[kept]  # each process fills its own
 
-    moments = *pool_moments.finish(dist), *spatial_moments.finish(dist)
-    return dict(zip(("mu", "sigma", "mu_s", "sigma_s"), moments)) | {
-        "n": len(images), "inception_score": score.finish(dist), "features": dist.all_reduce(features)}
+    pool, logits = dist.all_reduce(rows).split([2048, 1008], 1)
+    moments = *moments[0].finish(dist), *moments[1].finish(dist)
+    return {"features": pool, "logits": logits} | dict(zip(STATISTICS, moments))
 
-
-# ---------------- 5. Reconstructions
+# ---- Reconstructions
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pairs of uint8 images; at most 100 dB."""
-    error = (a.double() - b.double()).square().flatten(1).mean(1)
-    return (20 * math.log10(255) - 10 * error.log10()).clamp(max=100)
-
+    """PSNR in dB of pairs of uint8 images, at most 100."""
+    error = ((a.double() - b.double()) / 255).square().flatten(1).mean(1)
+    return (-10 * error.log10()).clamp(max=100)
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5."""
+    """SSIM of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5."""
     a, b = a.double() / 255, b.double() / 255
-    w = torch.exp(-0.5 * ((torch.arange(11, device=a.device, dtype=torch.float64) - 5) / 1.5) ** 2)
+    w = torch.exp(-0.5 * (torch.arange(-5, 6, device=a.device).double() / 1.5) ** 2)
     w = (torch.outer(w, w) / w.sum() ** 2).expand(a.shape[1], 1, 11, 11)
     blur = functools.partial(F.conv2d, weight=w, groups=a.shape[1])  # each channel by itself
     ma, mb = blur(a), blur(b)
@@ -510,24 +425,18 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return score.flatten(1).mean(1)
 
-
 @torch.no_grad()
-def reconstruction_metrics(reconstruct, images, dist: Dist, classifier_fd=None, lpips=None,
-                           weights: str | None = None) -> dict[str, float]:
-    """Scores of reconstruct(uint8) against uint8 images: psnr, ssim, and what else is given."""
-    side = images[np.arange(1)].shape[-1]
-    metrics = {"psnr": psnr}
-    if side > 10:  # the window of SSIM
-        metrics["ssim"] = ssim
+def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, classifier_fd=None,
+                           lpips=None, weights: str | None = None) -> dict:
+    """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
+    metrics = {"psnr": psnr, "ssim": ssim} if images.size > 10 else {"psnr": psnr}  # SSIM's window has 11 pixels
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(to_float(x), to_float(y))
     sums = torch.zeros(len(metrics), device=dist.device).double()
-    batch = max(1, min(250, 250 * 128**2 // side**2))  # large images need more memory
-    for _, x in in_batches(images, dist, batch):
+    for _, x in in_batches(images, dist, 50):
         y = reconstruct(x)
         with dist.autocast():  # float64 stays float64
-            sums += torch.stack([metric(x, y).sum().to(sums) for metric in metrics.values()])
-
+            sums += torch.stack([f(x, y).double().sum() for f in metrics.values()])
     scores = dict(zip(metrics, (dist.all_reduce(sums) / len(images)).tolist()))
     lazy = LazyImages(len(images), lambda i: reconstruct(images[i].to(dist.device)))
     if classifier_fd:
@@ -539,56 +448,42 @@ def reconstruction_metrics(reconstruct, images, dist: Dist, classifier_fd=None, 
         scores["rfid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     return scores
 
-
-# ---------------- 6. Latents: a linear model and Gaussian mixtures on them (paper, Fig. 2a, 5a, App. B.3)
+# ---- Latents: linear probe and Gaussian mixtures (paper, Fig. 2a, 5a, App. B.3)
 
 def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
-    """Accuracy of logistic regression on the flattened, standardised latents."""
-    z, v = train_z.flatten(1).double(), val_z.flatten(1).double()  # n x L*H
+    """Accuracy of logistic regression on the flattened, standardised latents. Of many classes in fp32: memory."""
+    large = train_z[0].numel() * classes > 2e6
+    dtype = torch.float32 if large else torch.float64
+    z, v = train_z.flatten(1).to(dtype), val_z.flatten(1).to(dtype)  # n x L*H
     mean, std = z.mean(0), z.std(0) + 1e-6
-    z, v = (z - mean) / std, (v - mean) / std
-    w = torch.zeros(z.shape[1] + 1, classes, dtype=torch.float64, requires_grad=True)  # last row: bias
-    solver = torch.optim.LBFGS([w], max_iter=iterations, line_search_fn="strong_wolfe")
+    z, v = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (z, v))  # for the bias
+    w = torch.zeros(z.shape[1], classes, dtype=dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=iterations, history_size=3 if large else 100, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()
-        loss = F.cross_entropy(z @ w[:-1] + w[-1], train_y) + 1e-4 * w.square().sum()
+        loss = F.cross_entropy(z @ w, train_y) + 1e-4 * w.square().sum()
         loss.backward()
         return loss
 
     solver.step(objective)
-    return ((v @ w[:-1] + w[-1]).argmax(1) == val_y).double().mean().item()
+    return ((v @ w).argmax(1) == val_y).double().mean().item()
 
-
-def principal_components(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, axes (columns, largest first), share of variance of the first 1, 2, ... axes."""
-    values, vectors = torch.linalg.eigh(torch.cov(z.double().T))
-    values = values.flip(0).clamp(min=0)
-    return z.double().mean(0), vectors.flip(1), values.cumsum(0) / values.sum()
-
-
-def gmm_log_prob(x: Tensor, weights, means, covariances) -> Tensor:
+def gmm_log_prob(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
     """log(weight * density) of n points under K Gaussians, n x K."""
-    inverse = torch.linalg.inv(torch.linalg.cholesky(covariances))  # K x d x d
-    parts = []
-    for w, m, p in zip(weights, means, inverse):
-        squares = ((x - m) @ p.T).square().sum(1)
-        parts.append(w.log() + p.diagonal().log().sum() - 0.5 * (squares + x.shape[1] * math.log(2 * math.pi)))
-    return torch.stack(parts, 1)
+    parts = [MultivariateNormal(m, c).log_prob(x) for m, c in zip(means, covariances)]
+    return torch.stack(parts, 1) + weights.log()
 
-
-def fit_gmm(x: Tensor, k: int, seed: int = 0, iterations: int = 100, floor: float = 1e-3) -> tuple:
-    """Weights, means, full covariances (plus `floor`) of k Gaussians: EM from k-means++."""
-    if len(x) < 2 * k:
-        die(f"{len(x)} latents are too few for a mixture of {k} Gaussians")
+def fit_gmm(x: Tensor, k: int) -> tuple:
+    """Weights, means, full covariances (plus 1e-3) of k Gaussians: EM from k-means++."""
     x, last = x.double(), -math.inf
-    _, cluster = kmeans2(x.cpu().numpy(), k, minit="++", rng=np.random.default_rng(seed))
+    _, cluster = kmeans2(x.cpu().numpy(), k, minit="++", rng=np.random.default_rng(0))
     responsibility = F.one_hot(torch.from_numpy(cluster).long(), k).to(x)  # n x K
-    eye = torch.eye(x.shape[1]).to(x)
-    for _ in range(iterations):
+    floor = 1e-3 * torch.eye(x.shape[1]).to(x)
+    for _ in range(100):
         count = responsibility.sum(0) + 1e-9  # a cluster may be empty
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
-        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n + floor * eye
+        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n + floor
                                    for m, r, n in zip(means, responsibility.T, count)])
         joint = gmm_log_prob(x, weights, means, covariances)
         total = joint.logsumexp(1)
@@ -598,64 +493,73 @@ def fit_gmm(x: Tensor, k: int, seed: int = 0, iterations: int = 100, floor: floa
         last = total.mean()
     return weights, means, covariances
 
-
-def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), seed: int = 0) -> dict[int, float]:
-    """Held-out negative log-likelihood per dimension of growing mixtures, after PCA to `dims`."""
-    mean, axes, _ = principal_components(train_z)
-    z, v = ((x.double() - mean) @ axes[:, :dims] for x in (train_z, val_z))
+def gmm_nll_curve(train_z: Tensor, val_z: Tensor, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
+    """Held-out negative log-likelihood per dimension of mixtures, after PCA to `dims`."""
+    axes = torch.linalg.eigh(torch.cov(train_z.double().T))[1].flip(1)  # largest first
+    z, v = (x.double() @ axes[:, :dims] for x in (train_z, val_z))
     std = z.std(0).clamp(min=1e-9)  # a dead channel stays where it is
     curve = {}
-    for k in tqdm(sizes, desc="mixtures", leave=False, disable=None):
-        mixture = fit_gmm(z / std, k, seed)
-        curve[k] = -gmm_log_prob(v / std, *mixture).logsumexp(1).mean().item() / dims
+    for k in tqdm([k for k in sizes if 2 * k <= len(z)], desc="mixtures", leave=False, disable=None):
+        log_prob = gmm_log_prob(v / std, *fit_gmm(z / std, k))  # n x K
+        curve[k] = -log_prob.logsumexp(1).mean().item() / dims
     return curve
 
-
-# ---------------- 7. Features from the data set's own labels
+# ---- Features from the data set's own labels
 
 class Classifier(nn.Module):
-    """A small convolutional network: images -> pooled features (B x 192) and class logits (B x K)."""
-
-    width = 192
+    """A small network: images in [-1, 1] -> features (B x 192), class logits (B x K)."""
 
     def __init__(self, classes: int):
         super().__init__()
-        self.stages = nn.Sequential()
+        self.width, self.stages = 192, nn.Sequential()
         for i, o in itertools.pairwise((3, 32, 64, 128, 192)):
             conv = nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False)
             self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.GELU()))
         self.head = nn.Linear(192, classes)
+        # Of the features of the training images:
+        self.register_buffer("mean", torch.zeros(192).double())
+        self.register_buffer("cov", torch.zeros(192, 192).double())
 
     def maps(self, x: Tensor) -> Tensor:
-        """The last convolution of images in [-1, 1]: B x 192 x S/8 x S/8, with S at most 64."""
+        """The last convolution: B x 192 x S/8 x S/8, with S at most 64."""
         if x.shape[-1] > 64:
-            x = F.interpolate(x, (64, 64), mode="area")
+            x = F.interpolate(x, 64, mode="area")
         return self.stages(x.contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.maps(to_float(x) if x.dtype == torch.uint8 else x).mean((2, 3))
+        features = self.maps(x).mean((2, 3))
         return features.float(), self.head(features).float()
 
     @torch.no_grad()
     def patch_features(self, x: Tensor, grid: int) -> Tensor:
-        """Images in [-1, 1] -> B x grid*grid x 192: the maps, averaged over patches, or repeated."""
+        """B x grid*grid x 192: the maps, averaged over patches, or repeated."""
         return F.adaptive_avg_pool2d(self.maps(x), grid).flatten(2).transpose(1, 2).float()
 
+    @torch.no_grad()
+    def score(self, images: Images, dist: Dist) -> tuple[tuple, Tensor]:
+        """(mean, covariance) of the features of uint8 images, and the class of each."""
+        moments = Moments(192, dist.device)
+        found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
+        for index, x in in_batches(images, dist, 500):
+            features, logits = self(to_float(x))
+            moments.add(features)
+            found[index] = logits.argmax(1)
+        return moments.finish(dist), dist.all_reduce(found).cpu()
 
-def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800, batch: int = 100) -> Classifier:
-    """Fit the classifier in one process; deterministic on one kind of device."""
+def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800) -> Classifier:
+    """Fit the classifier in one process."""
     torch.manual_seed(seed)
     net = Classifier(len(images.classes)).to(dist.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=0.05)
-    loader, warmup = Loader(images, batch, seed, dist), steps // 10
-    for step in tqdm(range(steps), desc="training the classifier", disable=None):
-        decay = 1 - 0.9 * (max(0, step - warmup) / (steps - warmup))  # linear, to a tenth
-        optimizer.param_groups[0]["lr"] = 5e-3 * (min(1.0, (step + 1) / max(1, warmup)) * decay)  # warm-up first
+    loader = Loader(images, 100, seed, dist)
+    for step in tqdm(range(steps), desc="classifier", disable=None):
+        optimizer.param_groups[0]["lr"] = 5e-3 * lr_schedule(step, steps, steps // 10, "linear")
         x, y = loader(step)  # B x 3 x S x S, B
-        # Blur in three of four batches, and noise, teach forms, as a person sees them, not sharp pixels.
+        # Blur in three of four batches, and noise, teach forms, not sharp pixels.
         if step % 4:
             small = max(1, round(x.shape[-1] / (step % 4 + 1)))
-            x = F.interpolate(F.interpolate(x, (small, small), mode="area"), x.shape[-2:], mode="bicubic")
+            blurred = F.interpolate(x, small, mode="area")
+            x = F.interpolate(blurred, x.shape[-2:], mode="bicubic")
         g = dist.generator(seed, "classifier noise", step)
         amount = 0.15 * torch.rand(len(x), 1, 1, 1, generator=g, device=dist.device)
         x = x + amount * torch.randn(x.shape, generator=g, device=dist.device)
@@ -666,76 +570,63 @@ def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 8
         optimizer.step()
     return net.eval().requires_grad_(False)
 
-
-def cached_classifier(images: ImageSet, dist: Dist, seed: int = 0) -> Classifier:
-    """The frozen classifier of a data set, trained once; `moments`: mean and covariance of its features."""
+def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> Classifier:
+    """The frozen classifier of a data set, trained once. It is kept in the cache, or in `out` if the cache is read-only."""
     # Seed 0 scores images, seed 1 teaches the tokenizer: no network scores what it has taught.
     if len(images.classes) < 2:
-        die("a classifier needs a data set with two classes or more")
-    path = cache_dir() / f"classifier-3-{seed}-{images.fingerprint}.pt"  # 3: version of the training
+        die("a classifier needs two classes or more")
+    path = cache_dir() / f"classifier-4-{seed}-{images.fingerprint}.pt"  # 4: its version
+    if cache_dir().exists() and not os.access(cache_dir(), os.W_OK) and not path.exists():
+        path = Path(out) / path.name
 
     def load():
         if not path.exists():
-            dist.print(f"training a small classifier (seed {seed}), once for this data set")
+            dist.print("training a small classifier, once for this data set")
             net = train_classifier(images, dist.alone(), seed)
-            mean, cov, _ = score_images(net, images, None, dist.alone())
-            dist.save(path, {"kind": "classifier", "net": net.state_dict(), "mean": mean, "cov": cov})
-        return load_checkpoint(path, "classifier")
+            (net.mean, net.cov), _ = net.score(images, dist.alone())
+            dist.save(path, {"model": net.state_dict()})
+        return read_weights(path)
 
-    state = dist.rank0_first(load)
+    weights = dist.rank0_first(load)
     net = Classifier(len(images.classes))
-    net.load_state_dict(state["net"])
-    net.moments = state["mean"], state["cov"]
-    return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def score_images(net: Classifier, images, labels: Tensor | None, dist: Dist) -> tuple:
-    """Mean and covariance of the features of uint8 images, share of labels recognised."""
-    moments, right = Moments(192, dist.device), torch.zeros(1, device=dist.device)
-    for index, x in in_batches(images, dist, 500):
-        features, logits = net(x)
-        moments.add(features)
-        if labels is not None:
-            right += (logits.argmax(1) == labels[index].to(dist.device)).sum()
-    return *moments.finish(dist), dist.all_reduce(right).item() / len(images)
-
+    net.load_state_dict(weights)
+    return freeze(net, dist).to(memory_format=torch.channels_last)
 
 class ClassifierFD:
-    """Distance to the training images (mean, cov); `reference` is the score of the validation images."""
+    """Distance to the training images; `reference` is the score of the validation images."""
 
-    def __init__(self, train: ImageSet, val: ImageSet, dist: Dist):
-        self.dist, self.net = dist, cached_classifier(train, dist)
-        self.mean, self.cov = self.net.moments
+    def __init__(self, train: ImageSet, val: ImageSet, dist: Dist, out: str):
+        self.dist, self.net = dist, cached_classifier(train, dist, out)
         self.reference, _ = self.score(val, val.labels)
 
-    def score(self, images, labels: Tensor | None = None) -> tuple[dict, tuple]:
-        """({fd_classifier, images, class_accuracy if labels are given}, (mean, covariance) of the images)."""
-        mean, cov, accuracy = score_images(self.net, images, labels, self.dist)
-        row = {"fd_classifier": frechet_distance(self.mean, self.cov, mean, cov), "images": len(images)}
-        return row | ({} if labels is None else {"class_accuracy": accuracy}), (mean, cov)
+    def score(self, images: Images, labels=None) -> tuple[dict, tuple]:
+        """({fd_classifier, images, class_accuracy}, (mean, covariance) of the images)."""
+        moments, found = self.net.score(images, self.dist)
+        distance = frechet_distance(self.net.mean, self.net.cov, *moments)
+        row = {"fd_classifier": distance, "images": len(images)}
+        if labels is not None:
+            row["class_accuracy"] = (found == torch.as_tensor(labels)).double().mean().item()
+        return row, moments
 
-
-# ---------------- 8. Command line
+# ---- Command line
 
 @dataclass(frozen=True)
 class Config:
-    task: str = option("score", "as the commands above set it", ("score", "stats", "latents"))
+    task: str = option("score", "set by the commands above", ("score", "stats", "latents"))
     samples: str = option("out/samples/samples.npz", "the set A, or checkpoints with commas")
     data: str = option("", "the set B; empty: what the samples name")
-    out: str = option("", "file, or folder for latents; empty: metrics.json beside the samples")
-    features: str = option("classifier", "of the distance; `A B` means fid", ("classifier", "fid", "both"))
-    resize: str = option("tf1", "as ADM or as pytorch-fid", ("tf1", "pytorch-fid"))
-    size: int = option(0, "side of a data set; 0: that of the samples")
-    weights: str = option("", "folder of the Inception weights; empty: the cache")
-    batch_size: int = option(100, "images that a process scores at a time", least=1)
+    out: str = option("", "file, or folder for latents; empty: metrics.json beside A")
+    features: str = option("classifier", "`A B` means fid", ("classifier", "fid", "both"))
+    resize: str = option("tf1", "as ADM or pytorch-fid", ("tf1", "pytorch-fid"))
+    size: int = option(0, "side of a data set; 0: that of A")
+    weights: str = option("", "folder of Inception's weights; empty: the cache")
+    batch_size: int = option(100, "images of a process at a time", least=1)
     precision: str = option("fp32", "bf16 moves a FID slightly", ("auto", "fp32", "bf16"))
-    dims: int = option(0, "of the mixtures; 0: 90 % of the variance of each tokenizer's latents")
+    dims: int = option(0, "of the mixtures; 0: 90 % of the variance")
 
     def check(self) -> None:
         if self.task != "score" and not (self.samples and self.out):
-            raise ValueError(f"fid.py {self.task} needs what to read, and --out")
-
+            raise ValueError(f"{self.task} needs names and --out")
 
 def arguments(argv: list[str]) -> list[str]:
     """`A B`, `stats B` and `latents CKPT ...` as flags."""
@@ -747,161 +638,149 @@ def arguments(argv: list[str]) -> list[str]:
         return ["--samples", words[0], "--data", words[1], "--features", "fid", *flags]
     return argv
 
-
-def npz_array(path: Path, name: str) -> np.ndarray:
-    """An array of an npz file, memory-mapped if it is stored without compression."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        info = archive.getinfo(f"{name}.npy")
-        file.seek(info.header_offset + 26)  # in zip's own header: lengths of name and extras
-        file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
-        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(file) == (1, 0):
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            if not fortran and not dtype.hasobject:
-                return np.memmap(path, dtype, "r", file.tell(), shape)
-    return np.load(path)[name]
-
-
 def open_set(name: str, size: int, dist: Dist) -> tuple:
-    """(images or None, statistics or {}, labels or None, how they were made) of a set."""
+    """(images or None, what an npz holds beside them: statistics, labels, meta)."""
     path = Path(name)
-    packed = (path / "meta.json").is_file()
     if path.is_file():
         return open_npz(path)
-    if path.is_dir() and not packed:
-        return open_folder(path), {}, None, {}
-    if not packed and not size:
+    if (path / "packed.json").is_file():
+        size = 0  # as packed
+    elif path.is_dir():
+        return open_folder(path), {}
+    elif not size:
         die(f"{name}: no such file or folder; for a data set, give --size")
-    return dist.rank0_first(lambda: ImageSet(name, 0 if packed else size, "train")), {}, None, {}
-
+    return dist.rank0_first(lambda: ImageSet(name, size, "train")), {}
 
 def open_folder(root: Path) -> LazyImages:
-    names = find_images(root) or die(f"{root}: no images found")
-    pool = ThreadPoolExecutor(4)
+    names = sorted(find_images(root)[0]) or die(f"{root}: no images found")
+    pool = ThreadPoolExecutor()
+
+    def load(name):
+        with reading(name, "an image"):
+            return read_image(name, 0)
 
     def read(index):
-        with reading(root, "a folder of images of one size (data.py makes one)"):
-            # The first file comes along, so that two batches of different sizes fail, too.
-            images = list(pool.map(lambda i: read_image(root / names[i], 0), [0, *index]))
-            return torch.from_numpy(np.stack(images)[1:]).permute(0, 3, 1, 2)
+        images = list(pool.map(load, [names[0], *(names[i] for i in index)]))
+        for i, image in zip(index, images[1:]):
+            if image.shape != images[0].shape:
+                die(f"{names[i]} is {image.shape[1]} x {image.shape[0]}, {names[0]} another size; data.py makes one size")
+        return torch.from_numpy(np.stack(images[1:])).permute(0, 3, 1, 2)
 
-    return LazyImages(len(names), read, ahead=True)
-
+    return LazyImages(len(names), read)
 
 def open_npz(path: Path) -> tuple:
-    shapes = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
     with reading(path, "an npz file of images (arr_0) or statistics"), np.load(path) as file:
-        stats = {key: torch.from_numpy(file[key]).double() for key in shapes if key in file}
-        if any(x.shape != shapes[key] or not x.isfinite().all() for key, x in stats.items()):
-            raise ValueError(f"statistics must be finite, of shapes {shapes}")
-        if stats or "arr_0" not in file:
-            stats |= {"n": int(file["n"]) if "n" in file else 0, "mu": stats["mu"], "sigma": stats["sigma"]}
-        if "arr_0" not in file:
-            return None, stats, None, {}
+        arrays = dict(file)
+        pixels = arrays.pop("arr_0", None)
+        if pixels is None:
+            return None, {"mu": arrays["mu"], "sigma": arrays["sigma"]} | arrays
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
+            raise ValueError("arr_0 is not uint8 n x S x S x 3")
+        if len(arrays.get("labels", pixels)) != len(pixels):
+            raise ValueError(f"{len(arrays['labels'])} labels for {len(pixels)} images")
+        arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return LazyImages(len(pixels), lambda i: pixels[i]), arrays
 
-        pixels = npz_array(path, "arr_0")
-        labels = torch.from_numpy(file["labels"]) if "labels" in file else None
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels):
-            raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}, not uint8 n x S x S x 3")
-        if labels is not None and len(labels) != len(pixels):
-            raise ValueError(f"{len(labels)} labels for {len(pixels)} images")
-        meta = json.loads(str(file["meta"])) if "meta" in file else {}
-    images = LazyImages(len(pixels), lambda i: torch.from_numpy(pixels[i]).permute(0, 3, 1, 2), ahead=True)
-    return images, stats, labels, meta
-
-
-def inception_scores(cfg: Config, dist: Dist, images, reference, stats: dict) -> dict:
-    """FID, sFID, IS, precision and recall of images against reference images or statistics."""
+def inception_scores(cfg: Config, dist: Dist, images: LazyImages, reference, statistics: dict) -> dict:
+    """FID, sFID, IS, precision, recall against reference images or statistics."""
+    made_with = str(statistics.get("resize", cfg.resize))
+    if made_with != cfg.resize:
+        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that, or make it again")
     net = load_inception(cfg.weights, dist, cfg.resize)
-    a = inception_statistics(net, images, dist, cfg.batch_size, keep=len(images) if reference else 0)
-    b, row = {}, {"resize": cfg.resize, "inception_score": a["inception_score"]}
-    if reference:  # 10,000 of a large set, as in ADM's reference files
-        b = inception_statistics(net, reference, dist, cfg.batch_size, keep=10_000)
-        row["precision"], row["recall"] = precision_recall(b["features"], a["features"])
-        row["n_reference_precision"] = len(b["features"])
-    b |= stats  # they are of the whole set, its images may be a few
-    row["n_reference"] = b["n"] or None
+    if reference and images[np.arange(1)].shape != reference[np.arange(1)].shape:
+        dist.print(f"A and B differ in size: both are resized to 299 px (--resize {cfg.resize})")
+    a = inception_statistics(net, images, dist, cfg.batch_size)
+    b, row = {}, {"resize": cfg.resize, "inception_score": inception_score(a["logits"])}
+    if reference:
+        every = math.ceil(len(reference) / 10_000)  # ADM's reference files have so many
+        b = inception_statistics(net, reference, dist, cfg.batch_size, every) | {"n": len(reference)}
+        if min(len(images), len(b["features"])) > 3:
+            row["precision"], row["recall"] = precision_recall(b["features"], a["features"])
+        else:
+            dist.print("precision and recall need more than 3 images in each set: left out")
+    b |= statistics  # they are of the whole set, its images may be a few
+    row["n_reference"] = int(b["n"]) if "n" in b else None
     for name, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mean in b:
             row[name] = frechet_distance(a[mean], a[cov], b[mean], b[cov])
-    if min(len(images), b["n"] or 2048) < 2048:
-        dist.print("fewer than 2,048 images, as many as features: the FID is far too high")
+    fewest = min(len(images), row["n_reference"] or 2048)
+    if fewest < 2048:
+        dist.print(f"{fewest} images, fewer than 2,048, as many as features: the FID is too high")
     return row
-
 
 def score(cfg: Config, dist: Dist) -> None:
     """Samples against a data set -> metrics.json."""
-    start = time.time()
-    images, stats, labels, meta = open_set(cfg.samples, cfg.size, dist)
-    if stats:
+    images, beside = open_set(cfg.samples, cfg.size, dist)
+    if "mu" in beside:
         die(f"{cfg.samples} holds statistics: give it second, as B")
-    size = cfg.size or images[np.arange(1)].shape[-1]
+    size, meta = cfg.size or images[np.arange(1)].shape[-1], beside.get("meta", {})
     data = cfg.data or meta.get("data") or die(f"{cfg.samples} does not name its data set: give --data")
-    rows = {"samples": {"images": len(images), "size": size}}
+    out = Path(cfg.out) if cfg.out else Path(cfg.samples).absolute().with_name("metrics.json")
+    rows = {"samples": {"images": len(images)}}
     if cfg.features != "classifier":
-        reference, stats, _, _ = open_set(data, size, dist)
-        rows["samples"] |= inception_scores(cfg, dist, images, reference, stats)
+        rows["samples"] |= inception_scores(cfg, dist, images, *open_set(data, size, dist))
     if cfg.features != "fid":
         train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])
+        labels = beside.get("labels")
+        if labels is not None:
+            labels = labels.astype(np.int64)
+            if not 0 <= labels.min() <= labels.max() < len(train.classes):
+                die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(train.classes)} classes")
         if len(train.classes) > 1:
-            judge = ClassifierFD(train, val, dist)
+            judge = ClassifierFD(train, val, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
             rows["validation_images"] = judge.reference
+            if len(images) <= judge.net.width:
+                dist.print(f"{len(images)} images, no more than {judge.net.width} features: fd_classifier is too high")
         else:
-            dist.print(f"{data} has one class only: fd_classifier, which needs labels, is not available")
+            dist.print(f"{data} has one class only: no fd_classifier, which needs labels")
 
-    out = Path(cfg.out) if cfg.out else Path(cfg.samples).absolute().with_name("metrics.json")
+    dist.print(json.dumps(rows, indent=1))  # what was computed is shown also if it cannot be written
     dist.make_out_dir(out.parent)
-    dist.save(out, rows | {"features": cfg.features, "against": data, "sampling": meta,
-                           "precision": dist.precision, "seconds": round(time.time() - start)})
-    for name, row in rows.items():
-        dist.print(name, *(f"{key} {value:.6g}" for key, value in row.items() if isinstance(value, (int, float))))
+    dist.save(out, rows | {"against": data, "sampling": meta, "precision": dist.precision})
     dist.print(f"wrote {out}")
 
-
 def write_statistics(cfg: Config, dist: Dist) -> None:
-    """mu, sigma, mu_s, sigma_s of all images of a set, and up to 10,000 of the images -> npz."""
+    """Statistics of all images of a set, and up to 10,000 of the images -> npz."""
     images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
-    stats = inception_statistics(load_inception(cfg.weights, dist, cfg.resize), images, dist, cfg.batch_size)
+    net = load_inception(cfg.weights, dist, cfg.resize)
+    stats = inception_statistics(net, images, dist, cfg.batch_size)
     dist.make_out_dir(Path(cfg.out).parent)
     if dist.is_main:
-        index = np.linspace(0, len(images) - 1, min(len(images), 10_000)).astype(int)
-        pixels = images[index].permute(0, 2, 3, 1).numpy()
-        arrays = {key: stats[key] for key in ("mu", "sigma", "mu_s", "sigma_s", "n")}
+        index = np.arange(0, len(images), math.ceil(len(images) / 10_000))
+        pixels = images[index].permute(0, 2, 3, 1)
         with writing(cfg.out) as file:
-            np.savez(file, arr_0=pixels, **arrays)
-    dist.print(f"wrote {cfg.out}: statistics of {len(images)} images ({cfg.resize}, {dist.precision})")
-
+            np.savez(file, arr_0=pixels, n=len(images), resize=cfg.resize, **{key: stats[key] for key in STATISTICS})
+    dist.print(f"wrote {cfg.out}")
 
 def compare_latents(cfg: Config, dist: Dist) -> None:
-    """Probe and mixtures (App. B.3) of tokenizers, all in the same number of dimensions -> analysis.json."""
-    from tokenizer import encode_dataset, load_tokenizer  # here, as tokenizer.py imports this file
+    """Linear probe and mixtures of tokenizers, all in as many dimensions -> analysis.json."""
+    from tokenizer import encode_dataset, load_tokenizer  # which imports this file
 
     dist, rows, latents = dist.alone(), {}, {}
     for path in cfg.samples.split(","):
         model, trained = load_tokenizer(path, dist.device)
         train, val = (ImageSet(trained.data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist, most=20_000) for images in (train, val))
-        latents[path] = z.flatten(1), v.flatten(1)
-        dims = int((principal_components(z.flatten(1))[2] < 0.9).sum()) + 1
-        rows[path] = {"latents": list(z.shape[1:]), "data": trained.data, "steps": trained.steps,
-                      "seed": trained.seed, "dimensions_for_90_percent": dims}
+        latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
+        variance = torch.linalg.eigvalsh(torch.cov(z.flatten(1).double().T)).flip(0).cumsum(0)
+        rows[path] = {"latents": list(z.shape[1:]), "data": trained.data,
+                      "dimensions_for_90_percent": int((variance < 0.9 * variance[-1]).sum()) + 1}
         if len(train.classes) > 1:
             rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
     dims = min(dims, *(z.shape[1] for z, _ in latents.values()))
     for path, (z, v) in latents.items():
-        z, v = z.to(dist.device), v.to(dist.device)
         rows[path]["mixture_nll_per_dimension"] = gmm_nll_curve(z, v, dims)
-        dist.print(path, *(f"{key} {value}" for key, value in rows[path].items()))
+        dist.print(path, rows[path])
     out = dist.make_out_dir(cfg.out) / "analysis.json"
     dist.save(out, {"dimensions": dims, "rows": rows})
     dist.print(f"wrote {out}")
 
-
 def main(cfg: Config, dist: Dist) -> None:
     {"score": score, "stats": write_statistics, "latents": compare_latents}[cfg.task](cfg, dist)
-
 
 if __name__ == "__main__":
     launch(main, Config, {}, __doc__, arguments(sys.argv[1:]))

@@ -11,7 +11,7 @@ no KL term: the structure of the latents makes them easy for a diffusion model.
 Letters: B images, N patch tokens, L latent tokens, T all tokens, D width, d width of a head, H latent channels, P patch
 size, S image size.
 """
-import copy
+import copy  # noqa: I001
 import dataclasses
 import functools
 import json
@@ -29,54 +29,32 @@ from scipy.stats import truncnorm
 from torch import Tensor, nn
 
 from data import (
-    Dist,
-    Ema,
-    ImageSet,
-    Loader,
-    Log,
-    launch,
-    load_checkpoint,
-    make_optimizers,
-    option,
-    reading,
-    save_grid,
-    set_lr,
-    to_float,
-    to_uint8,
-)
+    Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option, reading, save_grid, set_lr,
+    to_float, to_uint8)
 from fid import (
-    ClassifierFD,
-    cached_classifier,
-    fold_layer_scale,
-    linear_probe,
-    load_lpips,
-    load_vit,
-    read_weights,
-    reconstruction_metrics,
-)
+    ClassifierFD, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit, read_weights,
+    reconstruction_metrics)
 
-# -------------------------------------------------------------------------------------------------
-# The model
-
+# ---- The model
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. A checkpoint stores it."""
     size: int = option(32, "image side S in pixels", least=1)
     patch: int = option(8, "patch side P; divides --size", least=1)
-    latents: int = option(8, "learnable latent tokens L; 0: none, the image tokens are the latents")
+    latents: int = option(8, "latent tokens L; 0: none, the image tokens are the latents")
     channels: int = option(16, "channels H of a latent token", least=1)
     width: int = option(192, "width D of encoder and decoder", least=1)
-    depth: int = option(3, "layers of the encoder, and of the decoder", least=1)
+    depth: int = option(3, "layers of each", least=1)
     heads: int = option(3, "attention heads", least=1)
-    decoder: str = option("plain", "plain: Eq. 5; modulated: as released, the latents also scale and shift their own "
-                          "rows inside each layer", ("plain", "modulated"))
+    decoder: str = option("plain", "Eq. 5, or modulated: as released, the latents scale and shift their rows in each layer",
+                          ("plain", "modulated"))
     dec_width: int = 0  # 0: as the encoder, also for the next two
     dec_depth: int = 0
     dec_heads: int = 0
     dec_class_token: bool = False
     positions: str = "rope"  # of image tokens: 2D RoPE of learned frequency, or "table"
-    kl: float = option(0.0, "weight of a KL term in nats per image; above 0 the model is a variational autoencoder")
+    kl: float = option(0.0, "weight of a KL term in nats per image; above 0: a VAE")
     aux_depth: int = option(3, "layers of an auxiliary decoder; 0: a linear map")
     aux_width: int = 96
     aux_heads: int = 2
@@ -97,13 +75,11 @@ class ModelConfig:
         n = (self.size // self.patch) ** 2
         return n, self.latents or n
 
-
 def patchify(x: Tensor, patch: int) -> Tensor:
     """B x C x S x S -> B x N x (P*P*C): patches row by row; inside one: row, column, channel."""
     b, c, s, _ = x.shape
     x = x.view(b, c, s // patch, patch, s // patch, patch)                  # B x C x rows x P x columns x P
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
-
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of patchify: B x N x (P*P*C) -> B x C x S x S."""
@@ -111,7 +87,6 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     g, c = math.isqrt(n), f // patch**2
     x = x.view(b, g, g, patch, patch, c)                    # B x rows x columns x P x P x C
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, g * patch, g * patch)
-
 
 def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> Tensor:
     """RoPE frequencies along x and y, 2 x depth x heads*d/2. Each head has its own random orientation (RoPE-Mixed)."""
@@ -121,7 +96,6 @@ def init_rope_freqs(depth: int, heads: int, width: int, theta: float = 10.0) -> 
     fx = torch.cat([magnitude * angle.cos(), magnitude * (angle + math.pi / 2).cos()], -1)
     fy = torch.cat([magnitude * angle.sin(), magnitude * (angle + math.pi / 2).sin()], -1)
     return torch.stack([fx, fy]).flatten(2)
-
 
 def rope_tables(freqs: Tensor, heads: int, grid: tuple[int, int], n_prefix: int, n_latent: int) -> tuple:
     """cos and sin for every layer, depth x heads x T x d/2, with T = n_prefix + rows*columns + n_latent.
@@ -134,18 +108,16 @@ def rope_tables(freqs: Tensor, heads: int, grid: tuple[int, int], n_prefix: int,
     angles = F.pad(x * fx + y * fy, (0, 0, n_prefix, n_latent))             # depth x heads x T x d/2
     return angles.cos(), angles.sin()                       # cos 1, sin 0 for tokens without a place
 
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels (2i, 2i+1) by its angle: x is B x heads x T x d, tables heads x T x d/2; fp32 out."""
+    """Turn each pair of channels (2i, 2i+1) by its angle. x: B x heads x T x d; tables: heads x T x d/2. Returns fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))                # B x heads x T x d/2 x 2
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # half the time of the lines below
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
     even, odd = pairs.unbind(-1)                            # B x heads x T x d/2
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
-
 class Attention(nn.Module):
-    """Multi-head self-attention. Rows of qkv are q, k, v, each head by head; `qk_norm` is a class: the norm of q and k."""
+    """Multi-head self-attention. `qk_norm` is the class of the norms of q and k."""
 
     def __init__(self, width: int, heads: int, qk_norm: Callable = nn.Identity):
         super().__init__()
@@ -169,7 +141,6 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))                    # B x T x D
 
-
 class Mlp(nn.Module):
     def __init__(self, width: int, approximate: str = "none"):
         super().__init__()
@@ -180,12 +151,10 @@ class Mlp(nn.Module):
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))              # B x T x D
 
-
 class Block(nn.Module):
     """A pre-norm transformer layer. With `channels` > 0 the latents z modulate their own rows, as in the released model.
 
-    There the norms have no weights, and the last L rows become y*scale + shift (not 1 + scale). The layer that makes
-    scale and shift starts at zero, so at first the decoder sees nothing of z.
+    The norms then have no weights, and the last L rows become y*scale + shift (not 1 + scale). Both start at zero.
     """
 
     def __init__(self, width: int, heads: int, channels: int = 0):
@@ -206,15 +175,12 @@ class Block(nn.Module):
         x = x + self.attn(modulate_tail(self.norm1(x), scale1, shift1), rope)
         return x + self.mlp(modulate_tail(self.norm2(x), scale2, shift2))
 
-
 def modulate_tail(x, scale, shift):
     rest, tail = x.split([x.shape[1] - scale.shape[1], scale.shape[1]], 1)
     return torch.cat([rest, tail * scale + shift], 1)       # the tail: the L latent tokens
 
-
 def learned_tokens(*shape: int) -> nn.Parameter:
     return nn.Parameter(0.02 * torch.randn(1, *shape))
-
 
 def run_blocks(net, x, n_prefix, n_latent, z=None):
     """All layers of an encoder or a decoder over [class | image | latents], each with its own RoPE tables."""
@@ -226,7 +192,6 @@ def run_blocks(net, x, n_prefix, n_latent, z=None):
     for block, rope in zip(net.blocks, ropes):
         x = block(x, rope, z)                               # B x T x D
     return net.norm(x)
-
 
 class Encoder(nn.Module):
     """Image -> outputs of the L learnable latent tokens (Eq. 4); without any, of the N image tokens."""
@@ -260,7 +225,6 @@ class Encoder(nn.Module):
 
         x = run_blocks(self, x, 1, self.latents)            # B x (1+N+L) x D
         return x[:, -(self.latents or n):]                                  # B x L x D
-
 
 class Decoder(nn.Module):
     """Latents h, B x L x H -> one vector per patch, B x N x out (Eq. 5); also the auxiliary decoders (Eq. 7)."""
@@ -302,7 +266,6 @@ class Decoder(nn.Module):
     def forward(self, h):
         return self.head(self.features(h))                                  # B x N x out
 
-
 class LinearDecoder(nn.Module):
     """An auxiliary decoder of depth 0: one matrix over the tokens, L -> N, and one over the channels, H -> out."""
 
@@ -313,7 +276,6 @@ class LinearDecoder(nn.Module):
 
     def forward(self, h):
         return self.head(self.mix(h.transpose(1, 2)).transpose(1, 2))       # B x N x out
-
 
 class Tokenizer(nn.Module):
     """The autoencoder: images B x 3 x S x S in [-1, 1], latents B x L x H, unbounded. `widths`: features of each target."""
@@ -364,10 +326,7 @@ class Tokenizer(nn.Module):
         out["hidden"] = hidden.detach()
         return out | {name: aux(h) for name, aux in self.aux.items()}       # B x N x out
 
-
-# -------------------------------------------------------------------------------------------------
-# Masks and targets
-
+# ---- Masks and targets
 
 def sample_mask_ratio(low: float, high: float, rng: np.random.Generator) -> float:
     """The mask ratio of a batch: a normal around `high`, deviation 0.25, cut to [low, high], as in the released code."""
@@ -375,21 +334,17 @@ def sample_mask_ratio(low: float, high: float, rng: np.random.Generator) -> floa
         return high
     return float(truncnorm.ppf(rng.random(), (low - high) / 0.25, 0, loc=high, scale=0.25))
 
-
 def random_mask(batch: int, n: int, ratio: float, generator: torch.Generator) -> Tensor:
     """B x N, True on ceil(N * ratio) random patches of each image."""
     noise = torch.rand(batch, n, generator=generator, device=generator.device)  # B x N; its ranks are random orders
     return noise.argsort(1).argsort(1) < math.ceil(n * ratio)               # rank of each patch
-
 
 @functools.lru_cache  # copied to the device once, not in every step
 def sobel(device: torch.device) -> Tensor:
     gx = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], device=device)
     return torch.stack([gx, gx.T])[:, None]
 
-
 HOG_BINS = 9
-
 
 def hog(x: Tensor, patch: int, cell: int = 0, window: int = -1) -> Tensor:
     """Histograms of oriented gradients of each patch: B x 3 x S x S -> B x N x 27*(P/cell)^2.
@@ -416,21 +371,17 @@ def hog(x: Tensor, patch: int, cell: int = 0, window: int = -1) -> Tensor:
     histogram = F.normalize(histogram.unflatten(1, (c, HOG_BINS)), dim=2).flatten(1, 2)
     return F.pixel_unshuffle(histogram, patch // cell).flatten(2).transpose(1, 2)  # B x N x 27*(P/cell)^2
 
-
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of B x N errors over the masked patches; mask None: over all."""
     return error.mean() if mask is None else (error * mask).sum() / mask.sum()
-
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Eq. 8: squared error of B x N x out on the masked patches only, mean over them and over the features."""
     return masked_mean((prediction.float() - target).square().mean(-1), mask)
 
-
 def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Negative cosine similarity on the masked patches only: the released code's form of Eq. 8 for teachers."""
     return masked_mean(-F.cosine_similarity(prediction.float(), target, dim=-1), mask)
-
 
 @dataclass
 class Target:
@@ -439,25 +390,21 @@ class Target:
     features: Callable
     loss: Callable
 
-
 def pixel_target(cfg: "Config", dist: Dist, images: ImageSet) -> Target:
     return Target(3 * cfg.patch**2, functools.partial(patchify, patch=cfg.patch), masked_mse)
-
 
 def hog_target(cfg: "Config", dist: Dist, images: ImageSet) -> Target:
     return Target(3 * HOG_BINS * 4, functools.partial(hog, patch=cfg.patch), masked_mse)  # 2 x 2 cells a patch
 
-
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network, B x N x width."""
     if name == "classifier":  # trained on the labels of the data; the one that scores samples has seed 0
-        net = cached_classifier(images, dist, seed=1)
+        net = cached_classifier(images, dist, cfg.out, seed=1)
     else:
         net = load_vit(name, cfg.weights, dist, "--targets hog")
     features = functools.partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = {"cosine": masked_cosine, "mse": masked_mse}[cfg.teacher_loss]
     return Target(net.width, dist.autocast()(features), loss)
-
 
 # To add a target: a function like those above, and its line here
 TARGETS = {
@@ -468,14 +415,11 @@ TARGETS = {
     "classifier": functools.partial(teacher_target, name="classifier"),
 }
 
-# -------------------------------------------------------------------------------------------------
-# The image loss
-
+# ---- The image loss
 
 def pixel_error(recon: Tensor, x: Tensor) -> Tensor:
     """L_recon of Eq. 6."""
     return F.mse_loss(recon, x)
-
 
 def image_loss(recon: Tensor, x: Tensor, lpips: Callable | None) -> dict[str, Tensor]:
     """L_recon and L_percep of Eq. 6 by name, scalars. L_adv is Adversary.generator_loss."""
@@ -483,7 +427,6 @@ def image_loss(recon: Tensor, x: Tensor, lpips: Callable | None) -> dict[str, Te
     if lpips:
         losses["lpips"] = lpips(recon, x).mean()
     return losses
-
 
 def adaptive_weight(grad_nll: Tensor, grad_adv: Tensor, hidden: Tensor, patch: int, dist: Dist) -> Tensor:
     """|d L_nll / dW| / (|d L_adv / dW| + 1e-4), at most 1e4: L_adv then pulls as strongly as L_nll does.
@@ -495,23 +438,20 @@ def adaptive_weight(grad_nll: Tensor, grad_adv: Tensor, hidden: Tensor, patch: i
     nll, adv = dist.all_reduce(torch.stack(grads)).flatten(1).norm(dim=1) / dist.world_size
     return (nll / (adv + 1e-4)).clamp(0, 1e4)
 
-
-# -------------------------------------------------------------------------------------------------
-# Training
-
+# ---- Training
 
 @dataclass(frozen=True)
 class Config(ModelConfig):
     """The architecture above and the settings of a run. Defaults = preset `quick`, on the built-in images."""
-    data: str = option("shapes", "shapes, cifar10, imagenette, a folder of images, or what data.py packed", free=True)
+    data: str = option("shapes", "shapes, cifar10, imagenette, a folder, or what data.py packed", free=True)
     out: str = option("out/tokenizer", "folder for ckpt.pt, stage1.pt, log.jsonl, recon.png, metrics.json", free=True)
-    mask_min: float = option(0.4, "lowest share of patches masked in stage 1")
-    mask_max: float = option(0.6, "highest share of patches masked in stage 1; 0: a plain autoencoder")
-    targets: str = option("hog", f"what the auxiliary decoders predict: any of {','.join(TARGETS)}, or none")
+    mask_min: float = option(0.4, "lowest mask ratio of stage 1")
+    mask_max: float = option(0.6, "highest mask ratio of stage 1; 0: a plain autoencoder")
+    targets: str = option("hog", f"of the auxiliary decoders: any of {','.join(TARGETS)}, or none")
     dinov2: str = "vitl14"  # or vits14, vitb14, each also with _reg4
     teacher_loss: str = "cosine"  # of dinov2, siglip, classifier; "mse": Eq. 8
-    aux_weight: float = option(1.0, "weight of each masked target (Eq. 8) beside the pixel loss")
-    lpips: float = option(0.0, "weight of the perceptual loss LPIPS-VGG (lambda 1 of Eq. 6); 0: without")
+    aux_weight: float = option(1.0, "weight of each masked target (Eq. 8)")
+    lpips: float = option(0.0, "weight of LPIPS-VGG (lambda 1 of Eq. 6); 0: without")
     lpips_warmup: int = 0  # steps over which that weight rises from 0
     adversary: str = option("none", "discriminator of L_adv, on frozen DINO features", ("none", "dino"))
     adv_weight: float = 0.4  # lambda 2 of Eq. 6, times the adaptive weight
@@ -520,14 +460,14 @@ class Config(ModelConfig):
     lecam: float = 0.001  # weight of the LeCam regulariser
     consistency: float = 4.0  # weight of consistency under augmentation
     diffaug: bool = True
-    weights: str = option("", "folder of pretrained networks, filled by downloads; empty: the cache", free=True)
-    rfid: bool = option(False, "evaluate rFID, too (needs the Inception weights)", free=True)
-    from_official: str = option("", "convert this released checkpoint (its folder or file) to --out and stop")
-    steps: int = option(2150, "steps of stage 1")
-    stage2_steps: int = option(1000, "steps of stage 2; the mask ratio falls from --mask-max to 0 over them")
+    weights: str = option("", "folder of pretrained networks; empty: the cache", free=True)
+    rfid: bool = option(False, "evaluate rFID (needs the Inception weights)", free=True)
+    from_official: str = option("", "convert this released checkpoint (folder or file) and stop")
+    steps: int = option(2150, "steps of stage 1", least=1)
+    stage2_steps: int = option(1000, "steps of stage 2, while the mask ratio falls from --mask-max to 0")
     batch_size: int = option(64, "images per step, over all processes", least=1)
-    micro_batch: int = option(0, "most images that a process puts through at once; 0: all of its share", free=True)
-    optimizer: str = option("muon", "muon: for the matrices inside blocks, AdamW for the rest; adamw: for all",
+    micro_batch: int = option(0, "most images at once in a process; 0: all of its share", free=True)
+    optimizer: str = option("muon", "muon: for the matrices inside blocks; adamw: for all",
                             ("adamw", "muon"))
     lr: float = option(2e-3, "peak learning rate of AdamW")
     muon_lr: float = 1.5e-2
@@ -538,10 +478,10 @@ class Config(ModelConfig):
     clip: float = 1.0  # largest gradient norm; 0: any
     ema: float = 0.998  # decay of the weight average
     log_every: int = 200
-    save_every: int = option(400, "steps between checkpoints; a kill costs the steps since the last", least=1, free=True)
+    save_every: int = option(400, "steps between checkpoints", least=1, free=True)
     seed: int = option(0, "seed of all random numbers")
-    compile: bool = option(torch.cuda.is_available(), "torch.compile the model (a CPU needs a C++ compiler)", free=True)
-    precision: str = option("auto", "of matrix products; auto: bf16 where the hardware multiplies it",
+    compile: bool = option(torch.cuda.is_available(), "torch.compile the model", free=True)
+    precision: str = option("auto", "of matrix products; auto: bf16 where the hardware has it",
                             ("auto", "fp32", "bf16"), free=True)
 
     def check(self) -> None:
@@ -553,7 +493,6 @@ class Config(ModelConfig):
 
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
-
 
 PAPER = {  # Sec. 3 and Table 7 of the paper; [code]: not in the paper, from the official code; [ours]: in neither
     "data": "imagenet",  # [ours] stands for yours: give --data
@@ -590,14 +529,13 @@ PRESETS = {
     "imagenet512": PAPER | {"size": 512},  # 1,024 patches of 16 pixels; the latents stay 128 x 32
 }
 
-
 def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet, targets: dict[str, Target],
           lpips: Callable | None, adversary: "Adversary | None", state: dict | None) -> Tokenizer:
     """Stage 1 (Sec. 3.2) or stage 2 (Sec. 3.3). Returns the averaged model. `state`: the checkpoint to go on from.
 
-    Stage 1 trains all of the model with Eq. 6 and Eq. 8 on masked images. Stage 2 trains the decoder with Eq. 6 while
-    the mask ratio falls to zero. One step: batch and mask; forward; image terms down to the pixels (Eq. 6); masked targets
-    (Eq. 8); one backward pass; learning rate, clip, optimizers; discriminator; average; log; save.
+    Stage 1 trains the model with Eq. 6 and Eq. 8 on masked images. Stage 2 trains the decoder with Eq. 6 while the mask
+    ratio falls to 0. One step: batch and mask; forward; image terms down to the pixels (Eq. 6); masked targets (Eq. 8);
+    one backward pass; learning rate, clip, optimizers; discriminator; average; log; save.
     """
     steps = cfg.steps if stage == 1 else cfg.stage2_steps
     if stage == 2:  # encoder and latents stay bit-identical
@@ -667,13 +605,13 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + share * value.detach()
 
-        lr_scale = set_lr(optimizers, step, steps, cfg)
+        lr_scale = set_lr(optimizers + (adversary.optimizers if adversary else []), step, steps, cfg)
         terms["grad"] = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()                           # sets gradients to None
         if adversary and total_step + 1 >= cfg.adv_start:
-            terms |= adversary.train_step(x, torch.cat(recons), total_step, lr_scale)
+            terms |= adversary.train_step(x, torch.cat(recons), total_step)
         ema.update(step)                                    # the model that is evaluated
 
         log.add(lr_scale, **terms)                          # stays on the device: no wait
@@ -688,7 +626,6 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
                 "adversary": adversary.state_dict() if adversary else {}})
     return ema.model
 
-
 def restore(state: dict, model: nn.Module, ema: Ema, optimizers: list, adversary: "Adversary | None" = None) -> int:
     """Load a checkpoint into model, average, optimizers and adversary. Returns its step."""
     with reading("the checkpoint in --out", "one of these settings"):
@@ -700,10 +637,7 @@ def restore(state: dict, model: nn.Module, ema: Ema, optimizers: list, adversary
             adversary.load_state_dict(state["adversary"])
         return state["step"]
 
-
-# -------------------------------------------------------------------------------------------------
-# Evaluation and main
-
+# ---- Evaluation and main
 
 def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, Config]:
     """The averaged model of a checkpoint without its auxiliary decoders, frozen, and its settings."""
@@ -716,13 +650,11 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
         model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False), cfg
 
-
 @torch.no_grad()
 def encode_images(model: Tokenizer, x: Tensor, dist: Dist) -> Tensor:
     """uint8 B x 3 x S x S -> latents B x L x H, fp32, on the device."""
     with dist.autocast():
         return model.encode(to_float(x.to(dist.device))).float()
-
 
 @torch.no_grad()
 def decode_images(model: Tokenizer, h: Tensor, dist: Dist) -> Tensor:
@@ -730,18 +662,15 @@ def decode_images(model: Tokenizer, h: Tensor, dist: Dist) -> Tensor:
     with dist.autocast():
         return to_uint8(model.decode(h))
 
-
 def reconstruct(model: Tokenizer, x: Tensor, dist: Dist) -> Tensor:
     """uint8 images -> uint8 reconstructions."""
     return decode_images(model, encode_images(model, x, dist), dist)
-
 
 def encode_dataset(model: Tokenizer, images: ImageSet, dist: Dist, most: int = 20_000) -> tuple[Tensor, Tensor]:
     """Latents n x L x H on the CPU and labels of all images, or of `most` of them evenly spaced."""
     index = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
     parts = np.array_split(index, math.ceil(len(index) / 500))
     return torch.cat([encode_images(model, images[part], dist).cpu() for part in parts]), images.labels[index]
-
 
 def save_recon_grid(path: Path, images: ImageSet, stage1: Tokenizer, stage2: Tokenizer, cfg: Config, dist: Dist) -> None:
     """recon.png: original, masked input, its reconstruction by stage 1, and the whole image by both stages."""
@@ -750,22 +679,20 @@ def save_recon_grid(path: Path, images: ImageSet, stage1: Tokenizer, stage2: Tok
     mask = random_mask(len(x), cfg.tokens()[0], (cfg.mask_min + cfg.mask_max) / 2, generator)
     with torch.no_grad(), dist.autocast():
         h = stage1.encode(to_float(x.to(dist.device)), mask.to(dist.device))
-    columns = {"original": x,
-               "masked": unpatchify(patchify(x, cfg.patch).masked_fill(mask[..., None], 128), cfg.patch),
-               "from masked": decode_images(stage1, h, dist),
+    masked = unpatchify(patchify(x, cfg.patch).masked_fill(mask[..., None], 128), cfg.patch)
+    columns = {"original": x, "masked": masked, "from masked": decode_images(stage1, h, dist),
                "stage 1": reconstruct(stage1, x, dist), "stage 2": reconstruct(stage2, x, dist)}
     grid = torch.stack([column.cpu() for column in columns.values()], 1)
     save_grid(path, grid.flatten(0, 1), len(columns), tuple(columns))
-
 
 def evaluate(cfg: Config, dist: Dist, train_set: ImageSet, val_set: ImageSet, stage1: Tokenizer, stage2: Tokenizer,
              lpips: Callable | None) -> dict:
     """Reconstructions of both stages, the linear probe of the latents, and whether stage 2 left them as they were."""
     metrics, classes = {}, len(train_set.classes)
-    classifier_fd = ClassifierFD(train_set, val_set, dist) if classes > 1 else None
+    judge = ClassifierFD(train_set, val_set, dist, cfg.out) if classes > 1 else None
     for name, model in (("stage1", stage1), ("stage2", stage2)):
-        metrics[name] = reconstruction_metrics(lambda x, model=model: reconstruct(model, x, dist), val_set, dist,
-                                               classifier_fd, lpips, cfg.weights if cfg.rfid else None)
+        metrics[name] = reconstruction_metrics(lambda x, model=model: reconstruct(model, x, dist), val_set, dist, judge,
+                                               lpips, cfg.weights if cfg.rfid else None)
         dist.print(f"{name}: validation", ", ".join(f"{key} {value:.4g}" for key, value in metrics[name].items()))
     if dist.is_main:
         z, y = encode_dataset(stage2, val_set, dist)
@@ -775,18 +702,17 @@ def evaluate(cfg: Config, dist: Dist, train_set: ImageSet, val_set: ImageSet, st
             dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%} of {classes} classes")
     return metrics
 
-
 def main(cfg: Config, dist: Dist) -> None:
     began = time.time()
     if cfg.from_official:
         return convert(cfg, dist)
 
+    dist.local_slice(cfg.batch_size)  # ends the run if the processes cannot share a batch
     if Path(cfg.data).exists():  # later stages find it from any folder
         cfg = dataclasses.replace(cfg, data=str(Path(cfg.data).absolute()))
-    train_set = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train"))
+    train_set = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
     val_set = ImageSet(cfg.data, cfg.size, "val")
-    dist.print(f"{cfg.data}: {len(train_set)} images to train on, {len(val_set)} to validate, "
-               f"{len(train_set.classes)} classes")
+    dist.print(f"{cfg.data}: to train on {train_set.describe()}; to validate {len(val_set):,}")
 
     # A checkpoint in --out: the run goes on from there
     out, state, stage = Path(cfg.out), None, 1
@@ -814,8 +740,7 @@ def main(cfg: Config, dist: Dist) -> None:
     stage1, _ = load_tokenizer(out / "stage1.pt", dist.device)
     stage2 = stage1
     if cfg.stage2_steps:
-        model = copy.deepcopy(stage1).train()
-        stage2 = train(cfg, dist, 2, model, train_set, {}, lpips, adversary, state)
+        stage2 = train(cfg, dist, 2, copy.deepcopy(stage1).train(), train_set, {}, lpips, adversary, state)
 
     metrics = evaluate(cfg, dist, train_set, val_set, stage1, stage2, lpips)
     if dist.is_main:
@@ -826,14 +751,10 @@ def main(cfg: Config, dist: Dist) -> None:
     dist.print(f"wrote {out}/ckpt.pt, recon.png, metrics.json in {time.time() - began:.0f} s")
     return dist.barrier()
 
-
-# -------------------------------------------------------------------------------------------------
-# Appendix A. The adversary of Eq. 6. A first reader may stop before it
-
+# ---- Appendix A. The adversary of Eq. 6. A first reader may stop before it
 
 def hinge_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
-
 
 class LeCam:
     """LeCam regulariser (Tseng 2021): pulls logits to the running mean of the other side's logits, kept in `means`."""
@@ -848,7 +769,6 @@ class LeCam:
         mean_real, mean_fake = self.means
         return F.relu(logits_real - mean_fake).square().mean() + F.relu(mean_real - logits_fake).square().mean()
 
-
 def draw_augmentation(rng: np.random.Generator, batch: int, size: int, cutout: float, chance: float) -> dict:
     """Random numbers of DiffAugment for a batch. Each of its three operations occurs with probability `chance`."""
     reach, odd = int(size / 8 + 0.5), int(cutout * size + 0.5) % 2
@@ -856,7 +776,6 @@ def draw_augmentation(rng: np.random.Generator, batch: int, size: int, cutout: f
              "shift": rng.integers(-reach, reach + 1, (2, batch)),  # down, right
              "cutout": rng.integers(0, size + 1 - odd, (2, batch))}
     return {name: torch.from_numpy(draw) for (name, draw), u in zip(draws.items(), rng.random(3)) if u < chance}
-
 
 def augment(x: Tensor, draws: dict, cutout: float) -> Tensor:
     """DiffAugment (Zhao 2020) of B x 3 x S x S: colour, translation, and a square of cutout * S set to 0 (mid grey)."""
@@ -880,7 +799,6 @@ def augment(x: Tensor, draws: dict, cutout: float) -> Tensor:
         x = x * ~(rows[:, None, :, None] & columns[:, None, None, :])
     return x
 
-
 class GroupedBatchNorm(nn.BatchNorm1d):
     """Batch norm of B x C x T over each group of 8 images, in training and in evaluation alike."""
 
@@ -891,7 +809,6 @@ class GroupedBatchNorm(nn.BatchNorm1d):
         x = ((groups - mean) * (var + self.eps).rsqrt()).flatten(0, 1)
         return x * self.weight[:, None] + self.bias[:, None]
 
-
 class Residual(nn.Module):
     def __init__(self, fn: nn.Module):
         super().__init__()
@@ -899,7 +816,6 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return (self.fn(x) + x) / math.sqrt(2)
-
 
 class DinoDiscriminator(nn.Module):
     """Heads on the frozen features of a DINO ViT-S/16 (StyleGAN-T, VAR): images in [-1, 1] -> logits B x 5*196.
@@ -942,7 +858,6 @@ class DinoDiscriminator(nn.Module):
     def logits(self, image):
         return torch.cat([head(f).flatten(1).float() for head, f in zip(self.heads, self.features(image))], 1)
 
-
 class Adversary:
     """The discriminator, its optimizer and its loss: hinge, LeCam, and consistency under augmentation.
 
@@ -977,7 +892,7 @@ class Adversary:
         with self.dist.autocast():
             return -self.net(self.view(recon, 0, step, micro))[0].mean()
 
-    def train_step(self, real: Tensor, fake: Tensor, step: int, lr_scale: float) -> dict:
+    def train_step(self, real: Tensor, fake: Tensor, step: int) -> dict:
         """One step on real images and detached reconstructions of the same batch. Returns terms of the log."""
         cfg, terms = self.cfg, {}
         for micro in self.dist.micro_batches(self.wrapped, len(real), cfg.micro_batch):
@@ -1001,8 +916,6 @@ class Adversary:
 
         terms["grad_d"] = nn.utils.clip_grad_norm_(self.net.parameters(), cfg.clip or math.inf)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_scale  # the schedule of the generator
             optimizer.step()
             optimizer.zero_grad()
         return terms
@@ -1017,9 +930,7 @@ class Adversary:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
-
-# -------------------------------------------------------------------------------------------------
-# Appendix B. Released checkpoints
+# ---- Appendix B. Released checkpoints
 
 # Patterns that turn a parameter's name here into its name in the released files, applied in this order
 KEY_MAP = [("^aux.hog", "decoder_hog"), ("^aux.dinov2", "decoder_dino"), ("^aux.siglip", "decoder_clip"),
@@ -1031,7 +942,6 @@ KEY_MAP = [("^aux.hog", "decoder_hog"), ("^aux.dinov2", "decoder_dino"), ("^aux.
 # What never reaches the output: RoPE grids, parts of the teachers, and unused parts of decoders
 UNUSED = (r"freqs_t_|^(projection|repa_model|clip_model)\.|"
           r"^decoder\w*\.model\.(patch_embed\.|norm\.adaLN_modulation\.|head\.|pos_embed)")
-
 
 def from_official(weights: dict[str, Tensor], enc_heads: int = 0, dec_heads: int = 0, aux_heads: int = 0,
                   path: str | Path = "the state dict") -> tuple[Tokenizer, ModelConfig]:
@@ -1083,7 +993,6 @@ def from_official(weights: dict[str, Tensor], enc_heads: int = 0, dec_heads: int
         model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), cfg
 
-
 def convert(cfg: Config, dist: Dist) -> None:
     """--from-official: config.json and model.safetensors of a folder, or a bare state dict -> ckpt.pt in --out."""
     path = Path(cfg.from_official)
@@ -1105,7 +1014,6 @@ def convert(cfg: Config, dist: Dist) -> None:
         "ema": model.state_dict(), "latent_statistics": statistics, "source": str(path.absolute())})
     dist.print(f"{path}: {cfg.size} px, patch {cfg.patch}, {cfg.latents} latents x {cfg.channels}, {cfg.decoder} "
                f"decoder; latent statistics {statistics or 'not given'}; wrote {out / 'ckpt.pt'}")
-
 
 if __name__ == "__main__":
     launch(main, Config, PRESETS, __doc__)
