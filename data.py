@@ -528,8 +528,9 @@ class ImageSet:
 
     def describe(self) -> str:
         counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-        counts = ", ".join(f"{n} {name}" for n, name in zip(counts[:20], self.classes))
-        return f"{len(self):,} images, {len(self.classes)} classes: {counts}"
+        shown = ", ".join(f"{name} {n}" for name, n in zip(self.classes, counts[:20]))
+        empty = ", ".join([name for name, n in zip(self.classes, counts) if not n][:20])
+        return f"{len(self):,} images, {len(counts)} classes: {shown}" + f"; none of {empty}" * bool(empty)
 
     def view(self, rows: Tensor, mirror: Tensor) -> Tensor:
         """uint8 B x S x S x 3 -> float B x 3 x S x S, some mirrored."""
@@ -579,7 +580,8 @@ class Loader:
 
 def option(default, help: str, choices: tuple = (), least: float = 0, free: bool = False) -> object:
     """A field that is a flag. `free`: it may differ when a run goes on."""
-    return field(default=default, metadata=locals())
+    metadata = {"help": help, "choices": choices, "least": least, "free": free}
+    return field(default=default, metadata=metadata)
 
 def parse_config(config: type, presets: dict, doc: str, argv: list | None = None) -> object:
     """Defaults, then --preset, then flags. A mistake is one line."""
