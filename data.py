@@ -15,6 +15,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -299,12 +300,16 @@ def try_to_read(path: Path, size: int) -> tuple[np.ndarray, str]:
     except Exception as error:  # noqa: BLE001
         return np.zeros((size, size, 3), np.uint8), one_line(error)
 
+def is_debris(name: str) -> bool:
+    """Hidden files, and what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN ..."""
+    return name[0] in ".@#$" or name.startswith("__") or name in ("System Volume Information", "lost+found")
+
 def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
     """Paths of images, and suffixes or paths of all else."""
     images, others, here = [], [], os.path.realpath(root)
     for entry in os.scandir(root) if here not in above else ():
         name, path, suffix = entry.name, entry.path, Path(entry.name).suffix.lower()
-        if name[0] == ".":
+        if is_debris(name):
             continue
         if entry.is_dir():
             below = find_images(path, (*above, here))
@@ -325,15 +330,15 @@ def list_folder(root: Path) -> Listing:
     paths, others = find_images(root)
     paths = sorted(path.removeprefix(f"{root}{os.sep}") for path in paths)
     left_out = [f"{n} {name}" for name, n in sorted(Counter(others).items())]
-    tops = [path.split(os.sep)[0] for path in paths if os.sep in path]
-    tops = {top.lower(): top for top in tops}
-    splits = [next((tops[name] for name in names.split() if name in tops), None)
-              for names in ("train training", "val valid validation test")]
+    tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
+    splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
+              for names in ("train training", "val valid validation dev eval test testing")]
     if splits[0] and (splits[1] or len(tops) == 1):
-        left_out += [f"folder {top}" for top in tops.values() if top not in splits]
+        loose = sum(os.sep not in path for path in paths)
+        left_out[:0] = [f"folder {top}" for top in tops if top not in splits] + [f"{loose} loose images"] * (loose > 0)
     else:
         splits = ["", None]
-    left_out = ", ".join(left_out[:20]) or "nothing"
+    left_out = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20) or "nothing"
 
     rows = {split: [] for split in splits}  # (path, class, or "" of a loose image)
     for path in paths:
@@ -343,13 +348,14 @@ def list_folder(root: Path) -> Listing:
     train, val = rows.values()
     if not train:
         die(f"--data {root}: no images found below it; left out: {left_out}")
-    folders = [path.name for path in (root / splits[0]).glob("[!.]*") if path.is_dir()]
+    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir() and not is_debris(path.name)]
     if not any(name for _, name in train):
         folders = [""]  # loose images
     number = {name: i for i, name in enumerate(sorted(folders))}
     for path, name in train + val:
         if name not in number:
-            die(f"--data {root}: {path} lies in no class folder of training images")
+            die(f"--data {root}: {path} lies in no class folder of training images; each split needs the same "
+                "class folders, without images beside them, or none")
 
     if not val:  # one in twenty
         by_hash = sorted(train, key=lambda row: sha256(os.fsencode(row[0])).digest())
@@ -381,7 +387,7 @@ def store(out, size, classes, labels, n_train, made_of, make, paths=()):
             say(f"unreadable: {str(paths[i])!r}: {reason}")
             labels[i] = -1
     unreadable = (labels < 0).sum()
-    if unreadable > max(3, 0.01 * n):
+    if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
         shutil.rmtree(out / "images")  # mended files are read again
         die(f"{unreadable} of {n} images are unreadable: mend or remove them")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
@@ -395,6 +401,10 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     """Store a folder of images. `replace` what `out` holds of another."""
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
+    ours = re.compile(r"images|labels\.npy|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part")
+    for path in (*out.glob("*"), *out.glob("images/*")):
+        if not ours.fullmatch(path.name):
+            die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
     listing = list_folder(root)
     say(f"{root}: {listing.summary}")
     paths = [root / path for path, _ in listing.files]
@@ -405,7 +415,10 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     if replace and others:
         shutil.rmtree(out)
     elif (out / "packed.json").exists() and not others:
-        return
+        bad = np.flatnonzero(np.load(out / "labels.npy") < 0)
+        if all(try_to_read(paths[i], size)[1] for i in bad):
+            return
+        shutil.rmtree(out)  # a file can be read now
 
     def decode(start, stop):
         images = pool.map(lambda path: try_to_read(path, size)[0], paths[start:stop])
@@ -511,7 +524,8 @@ class ImageSet:
             self.rows = Shards(sorted(folder.glob("images/*.npy")))
             labels = np.load(folder / "labels.npy")
             is_train = np.arange(len(labels)) < meta["training_images"]
-            self.index = np.flatnonzero((labels >= 0) & (is_train == (split == "train")))
+            inside = is_train == (split == "train")
+            self.index, self.unreadable = np.flatnonzero((labels >= 0) & inside), (labels[inside] < 0).sum()
             self.labels = torch.from_numpy(labels[self.index])
             shape = len(labels), self.size, self.size, 3
             if self.rows.shape != shape or self.labels.max() >= len(self.classes):
@@ -530,7 +544,8 @@ class ImageSet:
         counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
         shown = ", ".join(f"{name} {n}" for name, n in zip(self.classes, counts[:20]))
         empty = ", ".join([name for name, n in zip(self.classes, counts) if not n][:20])
-        return f"{len(self):,} images, {len(counts)} classes: {shown}" + f"; none of {empty}" * bool(empty)
+        return (f"{len(self):,} images, {len(counts)} classes: {shown}{', ...' * (len(counts) > 20)}"
+                + f"; none of {empty}" * bool(empty) + f"; {self.unreadable} unreadable" * bool(self.unreadable))
 
     def view(self, rows: Tensor, mirror: Tensor) -> Tensor:
         """uint8 B x S x S x 3 -> float B x 3 x S x S, some mirrored."""
@@ -751,6 +766,9 @@ def start(precision: str) -> Dist:
 
 def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | None = None):
     """Run main(cfg, dist). What the user or the machine did wrong is one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         cfg = parse_config(config, presets, doc, argv)
         main(cfg, start(cfg.precision))

@@ -384,8 +384,9 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
     out, start = Path(cfg.out), 0
     if (out / "ckpt.pt").exists():  # the run goes on from there
-        start = restore(load_checkpoint(out / "ckpt.pt", "diffusion"), model, ema, optimizers)
-        dist.print(f"continuing {out / 'ckpt.pt'} at step {start}")
+        state = load_checkpoint(out / "ckpt.pt", "diffusion")
+        start = restore(state, model, ema, optimizers)
+        dist.print(f"continuing {out / 'ckpt.pt'} at step {start}, saved by {state['commit']}")
 
     net = dist.wrap(model, cfg.compile)  # DDP: averages gradients over processes
     n, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)

@@ -727,6 +727,9 @@ def score(cfg: Config, dist: Dist) -> None:
             labels = labels.astype(np.int64)
             if not 0 <= labels.min() <= labels.max() < len(train.classes):
                 die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(train.classes)} classes")
+        if beside.get("classes", np.array(train.classes)).tolist() != list(train.classes):
+            dist.print(f"{cfg.samples} and {data} have other classes: class_accuracy is left out")
+            labels = None
         if len(train.classes) > 1:
             judge = ClassifierFD(train, val, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
@@ -761,11 +764,12 @@ def compare_latents(cfg: Config, dist: Dist) -> None:
     dist, rows, latents = dist.alone(), {}, {}
     for path in cfg.samples.split(","):
         model, trained = load_tokenizer(path, dist.device)
-        train, val = (ImageSet(trained.data, trained.size, split) for split in ("train", "val"))
+        data = cfg.data or trained.data
+        train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist, most=20_000) for images in (train, val))
         latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
         variance = torch.linalg.eigvalsh(torch.cov(z.flatten(1).double().T)).flip(0).cumsum(0)
-        rows[path] = {"latents": list(z.shape[1:]), "data": trained.data,
+        rows[path] = {"latents": list(z.shape[1:]), "data": data,
                       "dimensions_for_90_percent": int((variance < 0.9 * variance[-1]).sum()) + 1}
         if len(train.classes) > 1:
             rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))

@@ -8,6 +8,7 @@ Sample i depends only on weights, settings and (seed, i), not on batch size or p
 import json  # noqa: I001
 import shutil
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int) 
         return np.arange(n) % len(classes)
     if rule == "random":
         return dist.rng(seed, "labels").integers(0, len(classes), n)
-    numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
+    numbers = {name: i for i, name in enumerate(classes)}
+    if not any(name.isdigit() for name in classes):  # else a missing name would be a number
+        numbers |= {str(i): i for i in range(len(classes))}
     words = rule.split(",")
     for word in words:
         if word not in numbers:
@@ -127,16 +130,20 @@ def main(cfg: Config, dist: Dist) -> None:
     out = dist.make_out_dir(cfg.out)
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
+        if (out / "samples.npz").exists():  # else png/ is not ours
+            shutil.rmtree(out / "png", ignore_errors=True)
         about = {"classes": np.array(classes), "meta": np.array(json.dumps(made_of))}
         save_npz(out / "samples.npz", images, labels=labels, **about)
-        shutil.rmtree(out / "png", ignore_errors=True)  # of an earlier run
         if cfg.png:
             (out / "png").mkdir()
             for i in range(n):
                 Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
         first = torch.from_numpy(images[np.arange(min(n, 80))]).permute(0, 3, 1, 2)
         save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
-        shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may still write there
+        for part in (out / "parts").glob("*.npy"):
+            part.unlink(missing_ok=True)
+        with suppress(OSError):  # a second run may still write there
+            (out / "parts").rmdir()
     dist.print(f"wrote {out}: {sampling}, {sampling.nfe()} network calls, "
                f"{sampling.nfe_with_guidance()} if a guided one counts twice")
     dist.barrier()

@@ -623,9 +623,10 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
         dist.print(name, *(f" {key} {value:.4g}" for key, value in metrics[name].items()))
     if not dist.is_main:
         return metrics
+    z, y = encode_dataset(stages["stage2"], val, dist)
+    metrics["latents_unchanged_by_stage2"] = torch.equal(z, encode_dataset(stages["stage1"], val, dist)[0])
     if classes > 1:
-        latents = (encode_dataset(model, part, dist) for part in (images, val))
-        metrics["linear_probe"] = linear_probe(*next(latents), *next(latents), classes)
+        metrics["linear_probe"] = linear_probe(*encode_dataset(model, images, dist), z, y, classes)
         dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}")
 
     x, ratio = val[np.arange(min(8, len(val)))], (cfg.mask_min + cfg.mask_max) / 2
@@ -650,14 +651,15 @@ def main(cfg: Config, dist: Dist) -> None:
 
     out, state, stage = Path(cfg.out), None, 1
     if (out / "ckpt.pt").exists():
-        dist.print(f"continuing {out / 'ckpt.pt'}")
         state = load_checkpoint(out / "ckpt.pt", "tokenizer")
-        stage = state.get("stage", 1)
+        stage, step = state.get("stage", 1), state.get("step")
+        dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
     # A folder is made only after the networks of the loss are there
     lpips = load_lpips(cfg.weights, dist) if cfg.lpips else None
     adversary = Adversary(cfg, dist) if cfg.adversary == "dino" else None
-    targets = {name: TARGETS[name](cfg, dist, images) for name in cfg.target_names()}
+    names = cfg.target_names() if stage == 1 else []
+    targets = {name: TARGETS[name](cfg, dist, images) for name in names}
     dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
 
     if stage == 1:
@@ -667,7 +669,7 @@ def main(cfg: Config, dist: Dist) -> None:
         model = train(cfg, dist, 1, model, images, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
-        state = None
+        state = targets = model = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
