@@ -242,10 +242,11 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
     return to_uint8(F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1), label
 
 # ---- Folders of images
-# Links are followed, hidden names passed over, files that are no images named and left out.
-#   Splits: train or training; val, valid, validation or test; in any case. A train/ beside
-#   other folders but no validation split is a class. Without a validation split one image in
-#   twenty is taken, by the hash of its name; each class keeps one.
+# Links are followed. Hidden names and what systems leave (__MACOSX, @eaDir) are passed over.
+# Files that are no images, and folders beside the splits, are left out and named.
+#   Splits: train or training; val, valid, validation, dev, eval, test or testing; in any case.
+#   A train/ beside other folders of images but no validation split is a class. Without a
+#   validation split one image in twenty is taken, by the hash of its name; each class keeps one.
 #   Classes: the folders of a split, or at the top, also empty ones. Loose images are one
 #   class, "all"; beside class folders they are refused.
 
@@ -297,6 +298,8 @@ def try_to_read(path: Path, size: int) -> tuple[np.ndarray, str]:
     """(image, ""), or black pixels and the reason."""
     try:
         return read_image(path, size), ""
+    except MemoryError:  # not the file's fault
+        raise
     except Exception as error:  # noqa: BLE001
         return np.zeros((size, size, 3), np.uint8), one_line(error)
 
@@ -371,6 +374,8 @@ def list_folder(root: Path) -> Listing:
 
 # ---- Packed images: images/*.npy, uint8 n x S x S x 3; labels.npy; packed.json
 
+FORMAT = "MAETok images 1"
+
 def shard_length(size: int) -> int:
     """At most 1,024 images, and 128 MB."""
     return max(1, min(1024, 2**27 // (3 * size**2)))
@@ -394,7 +399,7 @@ def store(out, size, classes, labels, n_train, made_of, make, paths=()):
     with writing(out / "labels.npy") as file:
         np.save(file, labels)
     Dist().save(out / "packed.json", {
-        "size": size, "classes": classes, "training_images": n_train,
+        "format": FORMAT, "size": size, "classes": classes, "training_images": n_train,
         "fingerprint": hash_of([digests, classes])})
 
 def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace: bool = False):
@@ -402,7 +407,7 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
     ours = re.compile(r"images|labels\.npy|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part")
-    for path in (*out.glob("*"), *out.glob("images/*")):
+    for path in () if replace else (*out.glob("*"), *out.glob("images/*")):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
     listing = list_folder(root)
@@ -415,7 +420,8 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     if replace and others:
         shutil.rmtree(out)
     elif (out / "packed.json").exists() and not others:
-        bad = np.flatnonzero(np.load(out / "labels.npy") < 0)
+        with reading(out, "a whole packed data set"):
+            bad = np.flatnonzero(np.load(out / "labels.npy") < 0)
         if all(try_to_read(paths[i], size)[1] for i in bad):
             return
         shutil.rmtree(out)  # a file can be read now
@@ -519,6 +525,8 @@ class ImageSet:
         folder = prepare(data, size)
         with reading(folder, "a whole packed data set"):
             meta = json.loads((folder / "packed.json").read_text())
+            if meta["format"] != FORMAT:
+                raise ValueError(f"its format is {meta['format']}")
             names = "size", "classes", "fingerprint"
             self.size, self.classes, self.fingerprint = (meta[name] for name in names)
             self.rows = Shards(sorted(folder.glob("images/*.npy")))

@@ -1786,8 +1786,8 @@ def test_budgets_and_what_the_readme_counts_and_quotes():
     """Lines, bytes, imported names; the README's line counts; each of its Python blocks is code that is there."""
     sources = {path.stem: path.read_text().splitlines() for path in HERE.glob("*.py")}
     assert sources.keys() == {*STAGES, "test_all"} and len(sources["test_all"]) <= 1850
-    assert sum(len(sources[name]) for name in STAGES) <= 3380
-    assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 174_500
+    assert sum(len(sources[name]) for name in STAGES) <= 3390
+    assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 175_000
     assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 900
     for name, source in sources.items():
         assert all(count <= {"data": 14, "fid": 9}.get(module, 99) for module, count in imports_of(name)), name
