@@ -731,11 +731,12 @@ def augment(x, draws: dict, cutout: float) -> Tensor:
     return x
 
 class GroupedBatchNorm(nn.BatchNorm1d):
-    """Batch norm of B x C x T over each group of 8 images, also in evaluation."""
+    """Batch norm of B x C x T over groups of at most 8 images, also in evaluation."""
 
     def forward(self, x):
         affine = self.weight, self.bias, True, 0.1, self.eps
-        return torch.cat([F.batch_norm(group, None, None, *affine) for group in x.float().split(8)])
+        groups = x.float().chunk(math.ceil(len(x) / 8))  # of one size: 12 images are 6 + 6
+        return torch.cat([F.batch_norm(group, None, None, *affine) for group in groups])
 
 class Residual(nn.ModuleDict):
     def forward(self, x):
