@@ -25,7 +25,7 @@ from scipy.stats import truncnorm
 from torch import Tensor, nn
 
 from data import (
-    Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option,
+    Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, option,
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
     ClassifierFD, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit,
@@ -574,6 +574,31 @@ def restore(state: dict, model: nn.Module, ema: Ema, optimizers: list) -> int:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return state["step"]
+
+def stretch(table: Tensor, rows: int) -> Tensor:
+    """Positions 1 x (1 or 0 + grid) x D for a grid of another side."""
+    old, new = math.isqrt(table.shape[1]), math.isqrt(rows)
+    first, grid = table.split([table.shape[1] - old**2, old**2], 1)
+    grid = F.interpolate(grid.mT.unflatten(2, (old, old)), (new, new), mode="bicubic")
+    return torch.cat([first, grid.flatten(2).mT], 1)
+
+@torch.no_grad()
+def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> None:
+    """Start from the weights of another run, where name and shape agree, and say what happened."""
+    own = model.state_dict()
+    names = {"taken over": [], "stretched": [], "new": [], "dropped": sorted(weights.keys() - own.keys())}
+    for name, p in own.items():
+        w, kind = weights.get(name, torch.empty(0)), "taken over"
+        if name.endswith(".pos_embed") and w.shape[1:] != p.shape[1:] and w.shape[2:] == p.shape[2:]:
+            w, kind = stretch(w, p.shape[1]), "stretched"
+        if w.shape == p.shape:
+            p.copy_(w)
+        names[kind if w.shape == p.shape else "new"].append(name)
+    for kind, found in names.items():
+        shown = ", ".join(found[:8]) + ", ..." * (len(found) > 8)
+        dist.print(f"--init: {len(found)} tensors {kind}" + f": {shown}" * (kind != "taken over" and bool(found)))
+    if not names["taken over"]:
+        die("--init: none of its weights fits this model")
 
 # ---- Evaluation and main
 
