@@ -242,13 +242,14 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
     return to_uint8(F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1), label
 
 # ---- Folders of images
-# Links are followed. Hidden names and what systems leave (__MACOSX, @eaDir) are passed over.
+# Links are followed; to folders in two levels. Hidden names and what systems leave (__MACOSX, @eaDir) are passed over.
 # Files that are no images, and folders beside the splits, are left out and named.
 #   Splits: train or training; val, valid, validation, dev, eval, test or testing; in any case.
 #   A train/ beside other folders of images but no validation split is a class. Without a
 #   validation split one image in twenty is taken, by the hash of its name; each class keeps one.
 #   Classes: the folders of a split, or at the top, also empty ones. Loose images are one
-#   class, "all"; beside class folders they are refused.
+#   class, "all"; beside class folders they are refused. A lone folder of folders stands for
+#   the whole: flowers.zip/flowers/rose.
 
 Image.init()
 FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
@@ -314,7 +315,7 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
         name, path, suffix = entry.name, entry.path, Path(entry.name).suffix.lower()
         if is_debris(name):
             continue
-        if entry.is_dir():
+        if entry.is_dir(follow_symlinks=len(above) < 2):  # a few levels, or links multiply
             below = find_images(path, (*above, here))
             images += below[0]
             others += below[1]
@@ -330,12 +331,18 @@ def list_folder(root: Path) -> Listing:
     """What a folder means. files: (path, label), training images first."""
     if not root.is_dir():
         die(f"--data {root}: no such folder of images, and none of {', '.join(DATASETS)}")
+    if (root / "packed.json").exists():
+        die(f"--data {root} is packed already")
     paths, others = find_images(root)
     paths = sorted(path.removeprefix(f"{root}{os.sep}") for path in paths)
     left_out = [f"{n} {name}" for name, n in sorted(Counter(others).items())]
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
               for names in ("train training", "val valid validation dev eval test testing")]
+    if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
+        inner = list_folder(root / tops[0])
+        files = [(os.path.join(tops[0], path), label) for path, label in inner.files]
+        return inner._replace(files=files, summary=f"in {tops[0]}/: {inner.summary}")
     if splits[0] and (splits[1] or len(tops) == 1):
         loose = sum(os.sep not in path for path in paths)
         left_out[:0] = [f"folder {top}" for top in tops if top not in splits] + [f"{loose} loose images"] * (loose > 0)
@@ -413,18 +420,14 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     listing = list_folder(root)
     say(f"{root}: {listing.summary}")
     paths = [root / path for path, _ in listing.files]
-    stats = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
+    stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, paths)]
     made_of = [size, *listing[:3], stats]  # changed files differ
     key = hash_of(made_of)
     others = any(key not in path.name for path in out.glob("images/*.npy"))
     if replace and others:
         shutil.rmtree(out)
     elif (out / "packed.json").exists() and not others:
-        with reading(out, "a whole packed data set"):
-            bad = np.flatnonzero(np.load(out / "labels.npy") < 0)
-        if all(try_to_read(paths[i], size)[1] for i in bad):
-            return
-        shutil.rmtree(out)  # a file can be read now
+        return
 
     def decode(start, stop):
         images = pool.map(lambda path: try_to_read(path, size)[0], paths[start:stop])
@@ -501,7 +504,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
 @cache  # a large folder is listed once in a process
 def prepare(data: str, size: int) -> Path:
     """The packed folder of a data set, made in the cache if need be."""
-    root = Path(data).absolute()
+    root = Path(data).expanduser().absolute()
     if (root / "packed.json").is_file():
         return root
     if data not in DATASETS:
