@@ -1076,6 +1076,8 @@ FOLDERS = {  # files, and the classes, counts and words of the listing
     "x/0-9 y/0-9 empty/ unknown/a.txt": (["empty", "unknown", "x", "y"], 19, 1, "left out: 1 .txt"),
     "x/0 y/0 z/0": (["x", "y", "z"], 3, 1, "one in twenty"), "0": (["all"], 1, 1, "one in twenty"),
     "x/0-9 b.heic c.CR2 .hidden.png .git/0": (["x"], 9, 1, "left out: 1 .cr2, 1 .heic"),
+    "flowers/rose/0-9 flowers/tulip/0-9 flowers/readme.txt": (["rose", "tulip"], 19, 1, "in flowers/: 2 classes"),
+    "zip/train/x/0-3 zip/val/x/0": (["x"], 4, 1, "from val/"),
     "train/x/0-3 val/0": "val/0.png lies in no class folder", "x/0 loose.png": "loose.png lies in no class folder",
     "train/x/0 val/z/0": "val/z/0.png lies in no class folder", "a.txt b.txt": "no images found below it; left out: 2 .txt"}
 
@@ -1110,6 +1112,11 @@ def test_links_pipes_and_the_folder_of_the_run(cache, monkeypatch):
     listing = data.list_folder(root)
     assert listing.classes == ["also cat", "cat", "dog"] and len(listing.files) == 30
     assert "pipe.png' (no file)" in listing.summary and "broken.png' (no file)" in listing.summary
+    for i, j in itertools.product(range(9), repeat=2):  # folders that link to each other: no end of ways
+        Path(f"links/{i}").mkdir(parents=True, exist_ok=True)
+        Path(f"links/{i}/{j}").symlink_to(Path(f"links/{j}").absolute())
+    Image.new("RGB", (9, 9)).save("links/0/a.png")
+    assert data.list_folder(Path("links")).files
     refused(data.ImageSet, str(root), 16, "train", str(root / "out"), message="lies inside --data")
     refused(data.pack, root, 16, root / "packed", message="lies inside --data")
     refused(data.pack, make_folder("raw", 3), 16, root, message="which data.py did not write")  # and would overwrite
@@ -1133,9 +1140,30 @@ def test_a_cache_is_renewed_and_pixels_are_the_identity(cache):
     for i, row in enumerate(after.index):
         path = data.list_folder(root).files[row][0]
         assert np.array_equal(after[np.array([i])][0].permute(1, 2, 0), data.read_image(root / path, 16))
+    cat, dog, aside = (root / name for name in ("cat/1.png", "dog/1.png", "aside.png"))
+    for path in (cat, dog):  # as large and as old
+        path.write_bytes(path.read_bytes().ljust(2000, b"\0"))
+        os.utime(path, (0, 0))
+    exchanged = both(root, 16)[0].fingerprint
+    for old, new in ((cat, aside), (dog, cat), (aside, dog)):
+        old.rename(new)
+    assert both(root, 16)[0].fingerprint != exchanged
     make_folder("z", 4)
     Path("z/meta.json").write_text("{}")  # the user's own
     assert len(both("z", 16)[0]) == 7
+    data.pack("z", 16, "packed")
+    refused(data.pack, "packed", 16, "again", message="is packed already")
+    Path("packed/packed.json").write_text('{"format": "another"}')
+    refused(both, "packed", 16, message="its format is another")
+
+def test_ten_thousand_classes_are_listed_at_once(monkeypatch):
+    names = [f"{i:05d}" for i in range(10_000)]
+    for name in names:
+        Path("x", name).mkdir(parents=True)
+    monkeypatch.setattr(data, "find_images", lambda root: ([f"{root}/{name}/{i}.png" for name in names for i in "ab"], []))
+    begin = time.perf_counter()
+    assert data.list_folder(Path("x")).classes == names
+    assert time.perf_counter() - begin < 2  # a search in a list of classes takes longer
 
 def test_packing_that_is_cut_while_the_folder_changes_holds_one_listing(cache, monkeypatch):
     root, honest, count = make_folder("x", 100), data.read_image, itertools.count()
@@ -1506,7 +1534,8 @@ def test_a_full_disk_keeps_what_is_there(made):
     def full(size, line):
         done = script(line, check=False, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
         said = [said for said in done.stderr.splitlines() if said.startswith(f"{line.split()[0]}.py: ")]
-        assert done.returncode == 1 and len(said) == 1 and "kept" in said[0] and "Traceback" not in done.stderr
+        assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr
+        assert re.search(r"cannot write .*\.(pt|npy|npz): File too large.*kept", said[0])
 
     train = "tokenizer --stage2-steps 0 --save-every 5 --steps 30 --out t"
     kill_when(Path("t/ckpt.pt").exists, script(train, background=True))
