@@ -1156,14 +1156,14 @@ def test_a_cache_is_renewed_and_pixels_are_the_identity(cache):
     Path("packed/packed.json").write_text('{"format": "another"}')
     refused(both, "packed", 16, message="its format is another")
 
-def test_ten_thousand_classes_are_listed_at_once(monkeypatch):
-    names = [f"{i:05d}" for i in range(10_000)]
+def test_twenty_thousand_classes_are_listed_at_once(monkeypatch):
+    names = [f"{i:05d}" for i in range(20_000)]
     for name in names:
         Path("x", name).mkdir(parents=True)
     monkeypatch.setattr(data, "find_images", lambda root: ([f"{root}/{name}/{i}.png" for name in names for i in "ab"], []))
     begin = time.perf_counter()
     assert data.list_folder(Path("x")).classes == names
-    assert time.perf_counter() - begin < 2  # a search in a list of classes takes longer
+    assert time.perf_counter() - begin < 3  # a search in a list takes longer
 
 def test_packing_that_is_cut_while_the_folder_changes_holds_one_listing(cache, monkeypatch):
     root, honest, count = make_folder("x", 100), data.read_image, itertools.count()
