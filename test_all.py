@@ -1783,14 +1783,14 @@ def test_help_shows_every_flag_without_the_modules_of_unix_and_imports_go_one_wa
 TINY_FLAGS = {name: [f"--{k.replace('_', '-')}={v}" for k, v in TINY[name].items()
                      if "help" in sys.modules[name].Config.__dataclass_fields__[k].metadata] for name in TINY}
 TOKENIZER = shlex.join(["tokenizer.py", *TINY_FLAGS["tokenizer"], "--steps=3", "--stage2-steps=3", "--precision=fp32"])
-SMALL = json.dumps({"tokenizer.py": TINY_FLAGS["tokenizer"], "sample.py": ["--num-samples=40"],
-                    "diffusion.py": [*TINY_FLAGS["diffusion"], "--samples=40"]})
+SMALL = json.dumps({"tokenizer.py": [*TINY_FLAGS["tokenizer"], "--steps=6", "--stage2-steps=4"],
+                    "diffusion.py": [*TINY_FLAGS["diffusion"], "--steps=6", "--samples=40"],
+                    "sample.py": ["--num-samples=40"]})
 EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HERE
     "common": ["--help"],
-    "finding": [f"""--out f --kinds mae_hog --seeds 0 --steps 6 --stage2-steps 4 --diffusion-steps 6 --keep-every 2
-                --dims 8 --jobs 1 --args '{SMALL}'""",
+    "finding": [f"""--out f --kinds mae_hog --seeds 0 --keep-every 2 --dims 8 --jobs 1 --args '{SMALL}'""",
                 "--table HERE/results/finding --out finding", "--table HERE/results/finding_long --out finding_long"],
-    "default_speed": [f"a=HERE b=HERE --steps '{TOKENIZER}' --rounds 2 --out o"],
+    "default_record": [f"a=HERE --out o --args '{SMALL}'"],
     "official_step": ["""--kinds 'ours, eager' --rounds 2 --batch 2 2 --sit 24 1 2 --json o.json
                       --model '{"size":32,"width":24,"heads":2,"depth":1}'"""],
     "bench": ["log CHAIN/tokenizer/log.jsonl --size 128 --out o", "cost --out o",
