@@ -25,7 +25,7 @@ from scipy.stats import truncnorm
 from torch import Tensor, nn
 
 from data import (
-    Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, option,
+    Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option,
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
     ClassifierFD, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit,
@@ -255,10 +255,11 @@ class Tokenizer(nn.Module):
         for name, out in (widths or {}).items():
             deep = cfg.aux_depth > 0
             self.aux[name] = Decoder(cfg, size, out, True) if deep else LinearDecoder(cfg, out)
+        normal = partial(nn.init.trunc_normal_, std=0.02)  # as released
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
-                (nn.init.zeros_ if "modulation" in name else nn.init.xavier_uniform_)(m.weight)
+                (nn.init.zeros_ if "modulation" in name else normal)(m.weight)
 
     def encode(self, image, mask=None):
         """Images -> latents; of a VAE, their mean."""
@@ -283,7 +284,16 @@ class Tokenizer(nn.Module):
         out["hidden"] = hidden.detach()
         return out | {name: aux(h) for name, aux in self.aux.items()}  # B x N x out
 
-# ---- Masks and targets
+# ---- Crops, masks and targets
+
+def random_crop(x: Tensor, size: int, batch: int, mine: slice, rng: np.random.Generator) -> Tensor:
+    """As released: resize each image to a random side from S to that of x, crop S x S."""
+    sides = rng.integers(size, x.shape[-1] + 1, batch)
+    places, crops = rng.integers(0, sides - size + 1, (2, batch)), []
+    for image, side, (top, left) in zip(x, sides[mine], places.T[mine]):
+        image = F.interpolate(image[None], (side, side), mode="bicubic", antialias=True)
+        crops.append(image[:, :, top:top + size, left:left + size])
+    return torch.cat(crops).clamp(-1, 1)
 
 def sample_mask_ratio(low: float, high: float, rng: np.random.Generator) -> float:
     """As released: normal around `high`, cut to [low, high]."""
@@ -356,7 +366,7 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
 TARGETS = {
     "pixel": pixel_target, "hog": hog_target,
     "dinov2": lambda cfg, *rest: teacher_target(cfg, *rest, f"dinov2_{cfg.dinov2}_pretrain"),
-    "siglip": partial(teacher_target, name="siglip-large-patch16-256"),
+    "siglip": lambda cfg, *rest: teacher_target(cfg, *rest, f"siglip-{cfg.siglip}"),
     "classifier": partial(teacher_target, name="classifier")}
 
 # ---- The image loss
@@ -390,10 +400,12 @@ class Config(ModelConfig):
     """The architecture and a run. Defaults = preset `quick`."""
     data: str = free("shapes", "shapes, cifar10, imagenette, or a folder")
     out: str = free("out/tokenizer", "folder of the run")
+    augment: str = option("none", "crop: random size and place", ("none", "crop"))
     mask_min: float = option(0.4, "lowest mask ratio of stage 1")
     mask_max: float = option(0.6, "highest; 0: a plain autoencoder")
     targets: str = option("hog", f"any of {','.join(TARGETS)}; or none")
     dinov2: str = "vitl14"  # or vits14, vitb14, or with _reg4
+    siglip: str = "large-patch16-256"  # or so400m-patch14-224
     teacher_loss: str = "cosine"  # of dinov2, siglip, classifier; "mse": Eq. 8
     aux_weight: float = option(1.0, "weight of each target (Eq. 8)")
     lpips: float = option(0.0, "weight of LPIPS-VGG (lambda 1 of Eq. 6)")
@@ -402,11 +414,14 @@ class Config(ModelConfig):
     adv_weight: float = 0.4  # lambda 2 of Eq. 6, times the adaptive weight
     adv_start: int = 0  # step
     adv_norm: str = "batch"  # its batch norm; "groups": of 8 images
+    disc_lr: float = 0.0  # its learning rate; 0: lr
     lecam: float = 0.001  # weight
     consistency: float = 4.0  # weight
     diffaug: bool = True
     weights: str = free("", "folder of pretrained networks")
     rfid: bool = free(False, "evaluate rFID")
+    init: str = option("", "checkpoint to start from, ours or released")
+    stage2_only: bool = option(False, "stage 2 of the weights of --init")
     from_official: str = option("", "released checkpoint to convert")
     steps: int = positive(2150, "steps of stage 1")
     stage2_steps: int = option(1000, "steps of stage 2")
@@ -437,6 +452,8 @@ class Config(ModelConfig):
             raise ValueError("0 <= --mask-min <= --mask-max < 1 is needed")
         if len(names) != len({*names} & {*TARGETS}):
             raise ValueError(f"--targets {self.targets}: each once of {','.join(TARGETS)}; or none")
+        if self.stage2_only and not (self.init and self.stage2_steps):
+            raise ValueError("--stage2-only needs --init and --stage2-steps")
 
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
@@ -457,6 +474,10 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the official code; [our
     "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,  # [code]
     "log_every": 100, "save_every": 500, "rfid": True}  # [ours]
+RELEASED = PAPER | {  # the released yaml where it differs
+    "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
+    "lr": 2e-4,  # 1e-4 * batch / 256
+    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs. Its script runs Adam: "weight_decay": 0
 ONE_GPU = {  # [ours], not run
     "batch_size": 256, "stage2_steps": 10_000, "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2,
     "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000}
@@ -471,7 +492,8 @@ PRESETS = {
                           "depth": 6, "heads": 6, "steps": 30_000},
     "imagenette64": ONE_GPU | {"data": "imagenette", "size": 64, "patch": 8, "latents": 32, "width": 512,
                                "depth": 8, "heads": 8, "steps": 40_000},
-    "imagenet256": PAPER, "imagenet512": PAPER | {"size": 512}}  # still 128 x 32 latents
+    "imagenet256": PAPER, "released256": RELEASED,
+    "imagenet512": PAPER | {"size": 512}}  # [ours]: patch 16, so 1,024 patches, and 128 x 32 latents
 
 def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet,
           targets: dict[str, Target], lpips, adversary, state: dict | None) -> Tokenizer:
@@ -495,6 +517,9 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
         total_step = step if stage == 1 else cfg.steps + step
         adversarial = adversary and total_step + 1 >= cfg.adv_start
         x, _ = loader(step)  # B x 3 x S x S in [-1, 1]
+        if cfg.augment == "crop":
+            rng = dist.rng(cfg.seed, "augmentation", total_step, 5)  # 0 to 4: the adversary's
+            x = random_crop(x, cfg.size, batch, mine, rng)
 
         # The mask: one ratio for the whole batch
         stream, ratio = "mask, stage 2", cfg.mask_max * (1 - step / max(1, steps - 1))
@@ -583,22 +608,32 @@ def stretch(table: Tensor, rows: int) -> Tensor:
     return torch.cat([first, grid.flatten(2).mT], 1)
 
 @torch.no_grad()
-def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> None:
-    """Start from the weights of another run, where name and shape agree, and say what happened."""
+def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[str]:
+    """Start from the weights of another run where name and shape agree. Returns the names of the rest."""
     own = model.state_dict()
     names = {"taken over": [], "stretched": [], "new": [], "dropped": sorted(weights.keys() - own.keys())}
     for name, p in own.items():
         w, kind = weights.get(name, torch.empty(0)), "taken over"
-        if name.endswith(".pos_embed") and w.shape[1:] != p.shape[1:] and w.shape[2:] == p.shape[2:]:
+        if name.endswith(".pos_embed") and w.ndim == 3 and w.shape != p.shape:
             w, kind = stretch(w, p.shape[1]), "stretched"
         if w.shape == p.shape:
             p.copy_(w)
         names[kind if w.shape == p.shape else "new"].append(name)
     for kind, found in names.items():
-        shown = ", ".join(found[:8]) + ", ..." * (len(found) > 8)
-        dist.print(f"--init: {len(found)} tensors {kind}" + f": {shown}" * (kind != "taken over" and bool(found)))
-    if not names["taken over"]:
-        die("--init: none of its weights fits this model")
+        dist.print(f"--init: {len(found)} {kind}:", ", ".join(found[:8] + ["..."] * (len(found) > 8)))
+    with reading("--init", "a checkpoint of a like model"):
+        if all(own[name].ndim < 2 for name in names["taken over"]):
+            raise ValueError("no matrix fits")
+    return names["new"]
+
+def read_init(path: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of a checkpoint, ours or a released one, and their hash."""
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    with reading(path, "a checkpoint to start from"):
+        released = file.suffix == ".safetensors"
+        weights = (from_official(read_weights(file))[0].state_dict() if released
+                   else load_checkpoint(file, "tokenizer")["ema"])
+        return weights, f"{sum(torch.hash_tensor(w).item() for w in weights.values()) % 2**64:016x}"
 
 # ---- Evaluation and main
 
@@ -638,7 +673,7 @@ def encode_dataset(model: Tokenizer, images: ImageSet, dist: Dist, most: int = 2
 def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: dict, lpips) -> dict:
     """Scores of the reconstructions, linear probe of the latents, recon.png."""
     metrics = {"images": len(val), "precision": dist.precision, "seed": cfg.seed,
-               "steps": cfg.steps, "stage2_steps": cfg.stage2_steps}
+               "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
     judge = ClassifierFD(images, val, dist, cfg.out) if classes > 1 else None
     inception = cfg.weights if cfg.rfid else None
@@ -670,7 +705,9 @@ def main(cfg: Config, dist: Dist) -> None:
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
     if Path(cfg.data).exists():  # later stages find it from any folder
         cfg = replace(cfg, data=str(Path(cfg.data).absolute()))
-    images = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
+    images = source = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
+    if cfg.augment == "crop":  # from larger images
+        source = dist.rank0_first(lambda: ImageSet(cfg.data, math.ceil(1.25 * cfg.size), "train"))
     val = ImageSet(cfg.data, cfg.size, "val")
     dist.print(f"{cfg.data}: {images.describe()}; validation {len(val):,}")
 
@@ -680,25 +717,42 @@ def main(cfg: Config, dist: Dist) -> None:
         stage, step = state.get("stage", 1), state.get("step")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
+    weights = {}
+    if cfg.init and (state is None or Path(cfg.init).exists()):
+        weights, digest = read_init(cfg.init)
+        cfg = replace(cfg, init=digest)  # the file may lie elsewhere when the run goes on
+    elif cfg.init:
+        cfg = replace(cfg, init=state["config"].get("init") or cfg.init)
+
     # A folder is made only after the networks of the loss are there
     lpips = load_lpips(cfg.weights, dist) if cfg.lpips else None
     adversary = Adversary(cfg, dist) if cfg.adversary == "dino" else None
-    names = cfg.target_names() if stage == 1 else []
+    names = cfg.target_names() if stage == 1 and not cfg.stage2_only else []
     targets = {name: TARGETS[name](cfg, dist, images) for name in names}
-    dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
-
     if stage == 1:
         torch.manual_seed(cfg.seed)
         widths = {name: target.width for name, target in targets.items()}
         model = Tokenizer(cfg, widths).to(dist.device)
-        model = train(cfg, dist, 1, model, images, targets, lpips, adversary, state)
+        new = take_over(model, weights, dist) if weights and not state else []
+        with reading("--init", "all that --stage2-only needs"):
+            if cfg.stage2_only and new:
+                raise ValueError(f"{new[0]} does not fit")
+
+    dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
+    stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)  # of an earlier run
+    for name in stale if dist.is_main else ():
+        (out / name).unlink(missing_ok=True)
+
+    if stage == 1:
+        if not cfg.stage2_only:
+            model = train(cfg, dist, 1, model, source, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
-        state = targets = model = None  # frees the memory of the teachers
+        state = targets = model = weights = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
-        stage2 = train(cfg, dist, 2, stage2.train(), images, {}, lpips, adversary, state)
+        stage2 = train(cfg, dist, 2, stage2.train(), source, {}, lpips, adversary, state)
     stages = {"stage1": stage1, "stage2": stage2}
     dist.save(out / "metrics.json", evaluate(cfg, dist, images, val, stages, lpips))
     dist.print(f"wrote {out}")
@@ -818,7 +872,7 @@ class Adversary(nn.Module):
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # there is none on a CPU
         self.net = net.to(dist.device).train()
         self.wrapped = (dist.wrap(self.net),)  # a tuple hides it from state_dict()
-        self.optimizers = make_optimizers(self.net, cfg)
+        self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr))
 
     def view(self, x, purpose, step, micro):
         """x augmented, and half of the time a crop of 224 pixels."""
