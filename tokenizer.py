@@ -80,7 +80,7 @@ def init_rope_freqs(depth: int, heads: int, width: int) -> Tensor:
     d = width // heads
     magnitude = 10.0 ** (-torch.arange(0, d, 4).float() / d)  # d/4
     angle = 2 * math.pi * torch.rand(depth, heads, 1, 1)  # each head has its own orientation
-    angle = torch.cat([angle, angle + math.pi / 2], 2)  # depth x heads x 2 x 1
+    angle = angle + math.pi / 2 * torch.arange(2)[:, None]  # depth x heads x 2 x 1
     return torch.stack([magnitude * angle.cos(), magnitude * angle.sin()]).flatten(2)
 
 def rope_tables(freqs, heads: int, grid: tuple, n_prefix: int, n_latent: int) -> tuple:
@@ -253,8 +253,7 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(cfg, size, 3 * cfg.patch**2, cfg.dec_class_token)
         size, self.aux = (cfg.aux_width, cfg.aux_depth, cfg.aux_heads), nn.ModuleDict()
         for name, out in (widths or {}).items():
-            deep = cfg.aux_depth > 0
-            self.aux[name] = Decoder(cfg, size, out, True) if deep else LinearDecoder(cfg, out)
+            self.aux[name] = Decoder(cfg, size, out, True) if cfg.aux_depth else LinearDecoder(cfg, out)
         normal = partial(nn.init.trunc_normal_, std=0.02)  # as released
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
@@ -362,7 +361,6 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
 
-# To add a target: a function (cfg, dist, images) like those above, and its line here
 TARGETS = {
     "pixel": pixel_target, "hog": hog_target,
     "dinov2": lambda cfg, *rest: teacher_target(cfg, *rest, f"dinov2_{cfg.dinov2}_pretrain"),
@@ -458,11 +456,12 @@ class Config(ModelConfig):
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
 
-PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the official code; [ours]: in neither
+PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [ours]: in neither
     "data": "imagenet",  # [ours] stands for yours: give --data
     "size": 256, "patch": 16, "latents": 128, "channels": 32, "width": 768, "depth": 12, "heads": 12,
     "decoder": "plain",  # Eq. 5; the released decoder is "modulated"
-    "mask_min": 0.4, "mask_max": 0.6, "targets": "hog,dinov2,siglip", "dinov2": "vitl14", "aux_depth": 3,
+    "mask_min": 0.4, "mask_max": 0.6, "targets": "hog,dinov2,siglip", "aux_depth": 3,
+    "dinov2": "vitl14", "siglip": "large-patch16-256",
     "aux_width": 192, "aux_heads": 3, "aux_weight": 1.0,  # [code]
     "teacher_loss": "cosine",  # [code]; Eq. 8 is "mse"
     "lpips": 1.0,
@@ -474,15 +473,15 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the official code; [our
     "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,  # [code]
     "log_every": 100, "save_every": 500, "rfid": True}  # [ours]
-RELEASED = PAPER | {  # the released yaml where it differs
+RELEASED = PAPER | {  # all [code]: its yaml, where that is not the paper
     "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
     "lr": 2e-4,  # 1e-4 * batch / 256
-    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs. Its script runs Adam: "weight_decay": 0
+    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs. Without its yaml's AdamW it ran Adam
 ONE_GPU = {  # [ours], not run
     "batch_size": 256, "stage2_steps": 10_000, "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2,
     "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000}
 AE = {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"}
-# In all, mask ratios are truncated normal [code], and stage 2 warms up again [ours]
+# In all, mask ratios are truncated normal, the rate falls to a tenth [code], stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
     "ae": AE, "vae": AE | {"kl": 1e-5},  # the paper's ablations, here and below
@@ -493,7 +492,7 @@ PRESETS = {
     "imagenette64": ONE_GPU | {"data": "imagenette", "size": 64, "patch": 8, "latents": 32, "width": 512,
                                "depth": 8, "heads": 8, "steps": 40_000},
     "imagenet256": PAPER, "released256": RELEASED,
-    "imagenet512": PAPER | {"size": 512}}  # [ours]: patch 16, so 1,024 patches, and 128 x 32 latents
+    "imagenet512": PAPER | {"size": 512}}  # our reading: the paper has 128 latents; patch 16 is [ours]
 
 def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet,
           targets: dict[str, Target], lpips, adversary, state: dict | None) -> Tokenizer:
@@ -717,12 +716,10 @@ def main(cfg: Config, dist: Dist) -> None:
         stage, step = state.get("stage", 1), state.get("step")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
-    weights = {}
-    if cfg.init and (state is None or Path(cfg.init).exists()):
-        weights, digest = read_init(cfg.init)
-        cfg = replace(cfg, init=digest)  # the file may lie elsewhere when the run goes on
-    elif cfg.init:
-        cfg = replace(cfg, init=state["config"].get("init") or cfg.init)
+    weights, before = {}, state["config"].get("init") if state else ""
+    if cfg.init:  # known by its hash: a run goes on without the file, or when it lies elsewhere
+        weights, digest = ({}, before) if before and not Path(cfg.init).exists() else read_init(cfg.init)
+        cfg = replace(cfg, init=digest)
 
     # A folder is made only after the networks of the loss are there
     lpips = load_lpips(cfg.weights, dist) if cfg.lpips else None
@@ -731,8 +728,7 @@ def main(cfg: Config, dist: Dist) -> None:
     targets = {name: TARGETS[name](cfg, dist, images) for name in names}
     if stage == 1:
         torch.manual_seed(cfg.seed)
-        widths = {name: target.width for name, target in targets.items()}
-        model = Tokenizer(cfg, widths).to(dist.device)
+        model = Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(dist.device)
         new = take_over(model, weights, dist) if weights and not state else []
         with reading("--init", "all that --stage2-only needs"):
             if cfg.stage2_only and new:
@@ -813,9 +809,9 @@ class GroupedBatchNorm(nn.BatchNorm1d):
     """Batch norm of B x C x T over groups of at most 8 images, also in evaluation."""
 
     def forward(self, x):
-        affine = self.weight, self.bias, True, 0.1, self.eps
         groups = x.float().chunk(math.ceil(len(x) / 8))  # of one size: 12 images are 6 + 6
-        return torch.cat([F.batch_norm(group, None, None, *affine) for group in groups])
+        norm = partial(F.batch_norm, weight=self.weight, bias=self.bias, training=True, eps=self.eps)
+        return torch.cat([norm(group, None, None) for group in groups])
 
 class Residual(nn.ModuleDict):
     def forward(self, x):
@@ -869,7 +865,7 @@ class Adversary(nn.Module):
             trunk = load_vit("dino_deitsmall16_pretrain", cfg.weights, dist, "--adversary none")
             net = DinoDiscriminator(trunk, cfg.adv_norm)
         if dist.world_size > 1 and dist.device.type == "cuda" and cfg.adv_norm == "batch":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # there is none on a CPU
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # CPU processes have their own statistics
         self.net = net.to(dist.device).train()
         self.wrapped = (dist.wrap(self.net),)  # a tuple hides it from state_dict()
         self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr))
