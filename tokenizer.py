@@ -347,9 +347,6 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # features(images) -> B x N x width: what an auxiliary decoder predicts
 Target = namedtuple("Target", "width features loss")
 
-def pixel_target(cfg: ModelConfig, *_) -> Target:
-    return Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse)
-
 def hog_target(cfg: ModelConfig, *_) -> Target:
     return Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse)  # 4 cells a patch
 
@@ -362,7 +359,8 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
     return Target(net.width, dist.autocast()(features), loss)
 
 TARGETS = {
-    "pixel": pixel_target, "hog": hog_target,
+    "pixel": lambda cfg, *_: Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse),
+    "hog": hog_target,
     "dinov2": lambda cfg, *rest: teacher_target(cfg, *rest, f"dinov2_{cfg.dinov2}_pretrain"),
     "siglip": lambda cfg, *rest: teacher_target(cfg, *rest, f"siglip-{cfg.siglip}"),
     "classifier": partial(teacher_target, name="classifier")}
