@@ -417,7 +417,7 @@ class Config(ModelConfig):
     weights: str = free("", "folder of pretrained networks")
     rfid: bool = free(False, "evaluate rFID")
     init: str = option("", "checkpoint to start from, ours or released")
-    stage2_only: bool = option(False, "stage 2 of the weights of --init")
+    stage2_only: bool = option(False, "train stage 2 alone, from --init")
     from_official: str = option("", "released checkpoint to convert")
     steps: int = positive(2150, "steps of stage 1")
     stage2_steps: int = option(1000, "steps of stage 2")
@@ -474,12 +474,12 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [our
 RELEASED = PAPER | {  # all [code]: its yaml, where that is not the paper
     "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
     "lr": 2e-4,  # 1e-4 * batch / 256
-    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs. Without its yaml's AdamW it ran Adam
+    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs; its script ignores the yaml's AdamW and runs Adam
 ONE_GPU = {  # [ours], not run
     "batch_size": 256, "stage2_steps": 10_000, "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2,
     "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000}
 AE = {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"}
-# In all, mask ratios are truncated normal, the rate falls to a tenth [code], stage 2 warms up again [ours]
+# In all: mask ratios truncated normal, learning rate down to a tenth [code]; stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
     "ae": AE, "vae": AE | {"kl": 1e-5},  # the paper's ablations, here and below
@@ -490,7 +490,7 @@ PRESETS = {
     "imagenette64": ONE_GPU | {"data": "imagenette", "size": 64, "patch": 8, "latents": 32, "width": 512,
                                "depth": 8, "heads": 8, "steps": 40_000},
     "imagenet256": PAPER, "released256": RELEASED,
-    "imagenet512": PAPER | {"size": 512}}  # our reading: the paper has 128 latents; patch 16 is [ours]
+    "imagenet512": PAPER | {"size": 512}}  # [ours], from Sec. 3: 128 latents at 512 px too, patch still 16
 
 def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet,
           targets: dict[str, Target], lpips, adversary, state: dict | None) -> Tokenizer:
