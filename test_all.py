@@ -658,6 +658,15 @@ def made_weights(tmp_path_factory):
     write_safetensors(at / "siglip-large-patch16-256.safetensors", filled(siglip | unused, 1))
     return at
 
+def test_the_released_preset_and_its_fields(monkeypatch):
+    monkeypatch.setattr(tokenizer, "load_vit", lambda name, *rest: data.die(name))
+    for preset, name, lr in (("imagenet256", "large-patch16-256", 1e-4), ("released256", "so400m-patch14-224", 2e-4)):
+        cfg = tokenizer.Config(**tokenizer.PRESETS[preset])
+        refused(tokenizer.TARGETS["siglip"], cfg, ONE, None, message=f": siglip-{name}")
+        both = (tokenizer.Adversary(c, ONE, torch.nn.Linear(2, 2)) for c in (cfg, dataclasses.replace(cfg, disc_lr=3)))
+        assert [net.optimizers[0].param_groups[0]["lr"] for net in both] == [lr, 3]
+    assert (cfg.decoder, cfg.augment, cfg.warmup) == ("modulated", "crop", 2 * 2502)
+
 FULL = TINY["tokenizer"] | {
     "size": 32, "patch": 8, "targets": "pixel,hog,dinov2,siglip", "lpips": 1.0, "lpips_warmup": 4, "adversary": "dino",
     "adv_start": 3, "adv_norm": "groups", "precision": "fp32", "optimizer": "adamw", "lr": 1e-4}
@@ -747,6 +756,29 @@ def test_the_baselines_train(cache, monkeypatch, fields):
     assert stage2.decode(z).shape == x.shape
 
 # ---- Closed forms
+
+@torch.no_grad()
+def test_weights_begin_as_released():
+    """A deviation of 0.02 (torch cuts at +-2: never); behind a norm, of 0.02 sqrt(D) = 0.55."""
+    cfg = tokenizer.ModelConfig(size=64, patch=16, width=768, depth=2, heads=12, channels=32, decoder="modulated")
+    model = tokenizer.Tokenizer(cfg, {"hog": 108})
+    for name, m in ((name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)):
+        std, w = 0.0 if "modulation" in name else 0.02, m.weight
+        assert w.abs().max() <= 10 * std and float(w.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * w.numel())), name
+    x = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.68  # mean square of photos: 0.46
+    assert float(model.encode(x).std()) == pytest.approx(0.58, abs=0.06)
+    assert float(F.mse_loss(model(x)["recon"], x)) == pytest.approx(0.77, abs=0.04)
+
+def test_random_crops_are_pillows_and_shared_out():
+    x, rng = torch.rand(300, 3, 40, 40) * 2 - 1, partial(ONE.rng, 0, "augmentation", 3, 5)
+    crop = lambda *rows: tokenizer.random_crop(x[slice(*rows)], 32, 300, slice(*rows), rng())
+    assert torch.equal(crop(0, 300), torch.cat([crop(0, 150), crop(150, 300)]))
+    sides = (draw := rng()).integers(32, 41, 300)
+    tops, lefts = draw.integers(0, sides - 31, (2, 300))
+    assert set(sides) == set(range(32, 41)) and set(tops) == set(lefts) == set(range(9))
+    for i, (side, top, left) in enumerate(zip(sides[:20], tops, lefts)):
+        picture = np.array(Image.fromarray(x[i, 1].numpy()).resize((side, side), Image.BICUBIC))
+        near(crop(0, 300)[i, 1], torch.from_numpy(picture[top:top + 32, left:left + 32]).clamp(-1, 1), 1e-5)
 
 def test_masks_are_drawn_as_the_paper_says():
     mask = tokenizer.random_mask(64, 16, 0.45, torch.Generator().manual_seed(0))
@@ -1276,9 +1308,45 @@ def test_samples_depend_on_neither_processes_nor_batches_nor_a_kill(made):
     one, batch = (content_of(f"{name}/samples.npz")["arr_0"].astype(int) for name in ("one", "batch"))
     assert np.abs(one - batch).max() <= 1
 
+def test_a_run_begins_with_the_weights_of_another(chain, monkeypatch, capsys):
+    """Ours at another size, crop and list of targets, and a released one; it goes on wherever the file lies."""
+    monkeypatch.setattr(tokenizer, "evaluate", lambda *args: {})
+    shutil.copy(chain / "tokenizer/stage1.pt", "a.pt")
+    run = partial(call, "tokenizer --size 32 --targets pixel --augment crop --steps 2 --stage2-steps 1 --lr 0 --out",
+                  fields={"muon_lr": 0.0, "precision": "fp32"})
+    run("a --init a.pt")
+    said, made, stage1 = capsys.readouterr().out, content_of("a.pt"), content_of("a/stage1.pt")
+    for found in ("44 taken over: enc", "1 stretched: encoder.pos_embed\n", "22 new: aux.pixel.", "22 dropped: aux.hog."):
+        assert f"--init: {found}" in said, said
+    table, key = stage1.pop("['ema']['encoder.pos_embed']"), "['ema']['to_latent.weight']"
+    assert table.shape == (1, 65, 24) and torch.equal(table[:, 0], made["['ema']['encoder.pos_embed']"][:, 0])
+    assert all(torch.equal(w, made[key]) for key, w in stage1.items() if key[1:4] == "'em" and ".pixel." not in key)
+    for file in (shutil.move("a.pt", "b.pt"), "a.pt"):  # moved, and not there at all
+        run("a --init", file)
+        assert "continuing" in (said := capsys.readouterr().out) and "taken over" not in said
+    for more in ("", f"--init {chain}/tokenizer/ckpt.pt"):
+        refused(run, "a", more, message="was made with init")
+    run("b --init b.pt --stage2-only")
+    assert torch.equal(content_of("b/stage1.pt")[key], made[key]) and log_of("b")[0]["stage"] == "stage 2"
+    refused(run, "c --init b.pt --stage2-only --channels 6", message="to_latent.weight does not fit")
+    release("r", golden("maetok/tokenizer_tiny_b_movq")[1])
+    call("tokenizer --size 32 --patch 8 --latents 12 --channels 6 --width 48 --depth 2 --heads 3 --decoder modulated",
+         "--init r --stage2-only --stage2-steps 1 --out d", fields={"dec_width": 32, "dec_depth": 3, "dec_heads": 2})
+    assert re.search("1 stretched: encoder.pos_embed\n.* 0 new: \n.* 0 dropped:", capsys.readouterr().out)
+
+def test_nothing_stale_lies_beside_a_new_run(cache, monkeypatch):
+    """A finished run is started again, with its checkpoint and without, and ends before it has new results."""
+    (run := partial(call, "tokenizer --steps 2 --stage2-steps 1 --out .", fields={}))()
+    for name, stale in (("evaluate", {"recon.png", "metrics.json"}), ("train", {"recon.png", "stage1.pt"})):
+        monkeypatch.setattr(tokenizer, name, lambda *args: data.die("it fails"))
+        [Path(path).write_text("old") for path in stale]
+        refused(run, message="it fails")
+        assert not stale & set(os.listdir())
+        Path("ckpt.pt").unlink(missing_ok=True)
+
 def test_two_processes_train_as_one(made):
     """In fp32 with AdamW: bf16, in which Muon always works, rounds the two halves of a gradient differently."""
-    for name, more, count in (("tokenizer", "--stage2-steps 20", 60), ("diffusion", "--samples 0", 20)):
+    for name, more, count in (("tokenizer", "--stage2-steps 20 --augment crop", 60), ("diffusion", "--samples 0", 20)):
         run = partial(script, name, "--steps 20", more, made[name], FP32, "--out")
         run(f"{name}-one")
         run(f"{name}-two", processes=2)
@@ -1657,6 +1725,8 @@ MISTAKES = {
     "tokenizer --preset huge": "invalid choice: 'huge'", "tokenizer --size 33": "--size 33 must be a multiple",
     "tokenizer --targets hogg": "--targets hogg", "tokenizer --batch-size 0": "--batch-size 0 must be at least 1",
     "tokenizer --mask-min 0.9": "--mask-min", "tokenizer --lpips 1 --weights offline": "or do without: --lpips 0",
+    "tokenizer --stage2-only": "--stage2-only needs --init", "tokenizer --init empty": "empty/model.safetensors: no such",
+    "tokenizer --init OUT/diffusion/ckpt.pt": "of diffusion.py", "tokenizer --init OUT/tokenizer/ckpt.pt": "no matrix fits",
     "tokenizer --adversary dino --weights offline": "from http://127.0.0.1:9/dino_deitsmall16_pretrain.pth",
     "tokenizer --from-official other/ckpt.pt": "encoder.model.patch_embed.proj.weight is missing",
     "tokenizer --data nowhere": "/nowhere: no such folder", "tokenizer --data empty": "no images found",

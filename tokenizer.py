@@ -25,7 +25,7 @@ from scipy.stats import truncnorm
 from torch import Tensor, nn
 
 from data import (
-    Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, option,
+    Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option,
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
     ClassifierFD, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit,
@@ -80,7 +80,7 @@ def init_rope_freqs(depth: int, heads: int, width: int) -> Tensor:
     d = width // heads
     magnitude = 10.0 ** (-torch.arange(0, d, 4).float() / d)  # d/4
     angle = 2 * math.pi * torch.rand(depth, heads, 1, 1)  # each head has its own orientation
-    angle = torch.cat([angle, angle + math.pi / 2], 2)  # depth x heads x 2 x 1
+    angle = angle + math.pi / 2 * torch.arange(2)[:, None]  # depth x heads x 2 x 1
     return torch.stack([magnitude * angle.cos(), magnitude * angle.sin()]).flatten(2)
 
 def rope_tables(freqs, heads: int, grid: tuple, n_prefix: int, n_latent: int) -> tuple:
@@ -253,12 +253,12 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(cfg, size, 3 * cfg.patch**2, cfg.dec_class_token)
         size, self.aux = (cfg.aux_width, cfg.aux_depth, cfg.aux_heads), nn.ModuleDict()
         for name, out in (widths or {}).items():
-            deep = cfg.aux_depth > 0
-            self.aux[name] = Decoder(cfg, size, out, True) if deep else LinearDecoder(cfg, out)
+            self.aux[name] = Decoder(cfg, size, out, True) if cfg.aux_depth else LinearDecoder(cfg, out)
+        normal = partial(nn.init.trunc_normal_, std=0.02)  # as released
         for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
-                (nn.init.zeros_ if "modulation" in name else nn.init.xavier_uniform_)(m.weight)
+                (nn.init.zeros_ if "modulation" in name else normal)(m.weight)
 
     def encode(self, image, mask=None):
         """Images -> latents; of a VAE, their mean."""
@@ -283,7 +283,16 @@ class Tokenizer(nn.Module):
         out["hidden"] = hidden.detach()
         return out | {name: aux(h) for name, aux in self.aux.items()}  # B x N x out
 
-# ---- Masks and targets
+# ---- Crops, masks and targets
+
+def random_crop(x: Tensor, size: int, batch: int, mine: slice, rng: np.random.Generator) -> Tensor:
+    """As released: resize each image to a random side from S to that of x, crop S x S."""
+    sides = rng.integers(size, x.shape[-1] + 1, batch)
+    places, crops = rng.integers(0, sides - size + 1, (2, batch)), []
+    for image, side, (top, left) in zip(x, sides[mine], places.T[mine]):
+        image = F.interpolate(image[None], (side, side), mode="bicubic", antialias=True)
+        crops.append(image[:, :, top:top + size, left:left + size])
+    return torch.cat(crops).clamp(-1, 1)
 
 def sample_mask_ratio(low: float, high: float, rng: np.random.Generator) -> float:
     """As released: normal around `high`, cut to [low, high]."""
@@ -338,9 +347,6 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # features(images) -> B x N x width: what an auxiliary decoder predicts
 Target = namedtuple("Target", "width features loss")
 
-def pixel_target(cfg: ModelConfig, *_) -> Target:
-    return Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse)
-
 def hog_target(cfg: ModelConfig, *_) -> Target:
     return Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse)  # 4 cells a patch
 
@@ -352,11 +358,11 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
 
-# To add a target: a function (cfg, dist, images) like those above, and its line here
 TARGETS = {
-    "pixel": pixel_target, "hog": hog_target,
+    "pixel": lambda cfg, *_: Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse),
+    "hog": hog_target,
     "dinov2": lambda cfg, *rest: teacher_target(cfg, *rest, f"dinov2_{cfg.dinov2}_pretrain"),
-    "siglip": partial(teacher_target, name="siglip-large-patch16-256"),
+    "siglip": lambda cfg, *rest: teacher_target(cfg, *rest, f"siglip-{cfg.siglip}"),
     "classifier": partial(teacher_target, name="classifier")}
 
 # ---- The image loss
@@ -390,10 +396,12 @@ class Config(ModelConfig):
     """The architecture and a run. Defaults = preset `quick`."""
     data: str = free("shapes", "shapes, cifar10, imagenette, or a folder")
     out: str = free("out/tokenizer", "folder of the run")
+    augment: str = option("none", "crop: random size and place", ("none", "crop"))
     mask_min: float = option(0.4, "lowest mask ratio of stage 1")
     mask_max: float = option(0.6, "highest; 0: a plain autoencoder")
     targets: str = option("hog", f"any of {','.join(TARGETS)}; or none")
     dinov2: str = "vitl14"  # or vits14, vitb14, or with _reg4
+    siglip: str = "large-patch16-256"  # or so400m-patch14-224
     teacher_loss: str = "cosine"  # of dinov2, siglip, classifier; "mse": Eq. 8
     aux_weight: float = option(1.0, "weight of each target (Eq. 8)")
     lpips: float = option(0.0, "weight of LPIPS-VGG (lambda 1 of Eq. 6)")
@@ -402,11 +410,14 @@ class Config(ModelConfig):
     adv_weight: float = 0.4  # lambda 2 of Eq. 6, times the adaptive weight
     adv_start: int = 0  # step
     adv_norm: str = "batch"  # its batch norm; "groups": of 8 images
+    disc_lr: float = 0.0  # its learning rate; 0: lr
     lecam: float = 0.001  # weight
     consistency: float = 4.0  # weight
     diffaug: bool = True
     weights: str = free("", "folder of pretrained networks")
     rfid: bool = free(False, "evaluate rFID")
+    init: str = option("", "checkpoint to start from, ours or released")
+    stage2_only: bool = option(False, "train stage 2 alone, from --init")
     from_official: str = option("", "released checkpoint to convert")
     steps: int = positive(2150, "steps of stage 1")
     stage2_steps: int = option(1000, "steps of stage 2")
@@ -437,15 +448,18 @@ class Config(ModelConfig):
             raise ValueError("0 <= --mask-min <= --mask-max < 1 is needed")
         if len(names) != len({*names} & {*TARGETS}):
             raise ValueError(f"--targets {self.targets}: each once of {','.join(TARGETS)}; or none")
+        if self.stage2_only and not (self.init and self.stage2_steps):
+            raise ValueError("--stage2-only needs --init and --stage2-steps")
 
     def target_names(self) -> list[str]:
         return [] if self.targets == "none" else self.targets.split(",")
 
-PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the official code; [ours]: in neither
+PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [ours]: in neither
     "data": "imagenet",  # [ours] stands for yours: give --data
     "size": 256, "patch": 16, "latents": 128, "channels": 32, "width": 768, "depth": 12, "heads": 12,
     "decoder": "plain",  # Eq. 5; the released decoder is "modulated"
-    "mask_min": 0.4, "mask_max": 0.6, "targets": "hog,dinov2,siglip", "dinov2": "vitl14", "aux_depth": 3,
+    "mask_min": 0.4, "mask_max": 0.6, "targets": "hog,dinov2,siglip", "aux_depth": 3,
+    "dinov2": "vitl14", "siglip": "large-patch16-256",
     "aux_width": 192, "aux_heads": 3, "aux_weight": 1.0,  # [code]
     "teacher_loss": "cosine",  # [code]; Eq. 8 is "mse"
     "lpips": 1.0,
@@ -457,11 +471,15 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the official code; [our
     "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,  # [code]
     "log_every": 100, "save_every": 500, "rfid": True}  # [ours]
+RELEASED = PAPER | {  # all [code]: its yaml, where that is not the paper
+    "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
+    "lr": 2e-4,  # 1e-4 * batch / 256
+    "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs; its script ignores the yaml's AdamW and runs Adam
 ONE_GPU = {  # [ours], not run
     "batch_size": 256, "stage2_steps": 10_000, "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2,
     "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000}
 AE = {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"}
-# In all, mask ratios are truncated normal [code], and stage 2 warms up again [ours]
+# In all: mask ratios truncated normal, learning rate down to a tenth [code]; stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
     "ae": AE, "vae": AE | {"kl": 1e-5},  # the paper's ablations, here and below
@@ -471,7 +489,8 @@ PRESETS = {
                           "depth": 6, "heads": 6, "steps": 30_000},
     "imagenette64": ONE_GPU | {"data": "imagenette", "size": 64, "patch": 8, "latents": 32, "width": 512,
                                "depth": 8, "heads": 8, "steps": 40_000},
-    "imagenet256": PAPER, "imagenet512": PAPER | {"size": 512}}  # still 128 x 32 latents
+    "imagenet256": PAPER, "released256": RELEASED,
+    "imagenet512": PAPER | {"size": 512}}  # [ours], from Sec. 3: 128 latents at 512 px too, patch still 16
 
 def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet,
           targets: dict[str, Target], lpips, adversary, state: dict | None) -> Tokenizer:
@@ -495,6 +514,9 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
         total_step = step if stage == 1 else cfg.steps + step
         adversarial = adversary and total_step + 1 >= cfg.adv_start
         x, _ = loader(step)  # B x 3 x S x S in [-1, 1]
+        if cfg.augment == "crop":
+            rng = dist.rng(cfg.seed, "augmentation", total_step, 5)  # 0 to 4: the adversary's
+            x = random_crop(x, cfg.size, batch, mine, rng)
 
         # The mask: one ratio for the whole batch
         stream, ratio = "mask, stage 2", cfg.mask_max * (1 - step / max(1, steps - 1))
@@ -583,22 +605,32 @@ def stretch(table: Tensor, rows: int) -> Tensor:
     return torch.cat([first, grid.flatten(2).mT], 1)
 
 @torch.no_grad()
-def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> None:
-    """Start from the weights of another run, where name and shape agree, and say what happened."""
+def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[str]:
+    """Start from the weights of another run where name and shape agree. Returns the names of the rest."""
     own = model.state_dict()
     names = {"taken over": [], "stretched": [], "new": [], "dropped": sorted(weights.keys() - own.keys())}
     for name, p in own.items():
         w, kind = weights.get(name, torch.empty(0)), "taken over"
-        if name.endswith(".pos_embed") and w.shape[1:] != p.shape[1:] and w.shape[2:] == p.shape[2:]:
+        if name.endswith(".pos_embed") and w.ndim == 3 and w.shape != p.shape:
             w, kind = stretch(w, p.shape[1]), "stretched"
         if w.shape == p.shape:
             p.copy_(w)
         names[kind if w.shape == p.shape else "new"].append(name)
     for kind, found in names.items():
-        shown = ", ".join(found[:8]) + ", ..." * (len(found) > 8)
-        dist.print(f"--init: {len(found)} tensors {kind}" + f": {shown}" * (kind != "taken over" and bool(found)))
-    if not names["taken over"]:
-        die("--init: none of its weights fits this model")
+        dist.print(f"--init: {len(found)} {kind}:", ", ".join(found[:8] + ["..."] * (len(found) > 8)))
+    with reading("--init", "a checkpoint of a like model"):
+        if all(own[name].ndim < 2 for name in names["taken over"]):
+            raise ValueError("no matrix fits")
+    return names["new"]
+
+def read_init(path: str) -> tuple[dict[str, Tensor], str]:
+    """Weights of a checkpoint, ours or a released one, and their hash."""
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    with reading(path, "a checkpoint to start from"):
+        released = file.suffix == ".safetensors"
+        weights = (from_official(read_weights(file))[0].state_dict() if released
+                   else load_checkpoint(file, "tokenizer")["ema"])
+        return weights, f"{sum(torch.hash_tensor(w).item() for w in weights.values()) % 2**64:016x}"
 
 # ---- Evaluation and main
 
@@ -638,7 +670,7 @@ def encode_dataset(model: Tokenizer, images: ImageSet, dist: Dist, most: int = 2
 def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: dict, lpips) -> dict:
     """Scores of the reconstructions, linear probe of the latents, recon.png."""
     metrics = {"images": len(val), "precision": dist.precision, "seed": cfg.seed,
-               "steps": cfg.steps, "stage2_steps": cfg.stage2_steps}
+               "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
     judge = ClassifierFD(images, val, dist, cfg.out) if classes > 1 else None
     inception = cfg.weights if cfg.rfid else None
@@ -670,7 +702,9 @@ def main(cfg: Config, dist: Dist) -> None:
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
     if Path(cfg.data).exists():  # later stages find it from any folder
         cfg = replace(cfg, data=str(Path(cfg.data).absolute()))
-    images = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
+    images = source = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
+    if cfg.augment == "crop":  # from larger images
+        source = dist.rank0_first(lambda: ImageSet(cfg.data, math.ceil(1.25 * cfg.size), "train"))
     val = ImageSet(cfg.data, cfg.size, "val")
     dist.print(f"{cfg.data}: {images.describe()}; validation {len(val):,}")
 
@@ -680,25 +714,39 @@ def main(cfg: Config, dist: Dist) -> None:
         stage, step = state.get("stage", 1), state.get("step")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
+    weights, before = {}, state["config"].get("init") if state else ""
+    if cfg.init:  # known by its hash: a run goes on without the file, or when it lies elsewhere
+        weights, digest = ({}, before) if before and not Path(cfg.init).exists() else read_init(cfg.init)
+        cfg = replace(cfg, init=digest)
+
     # A folder is made only after the networks of the loss are there
     lpips = load_lpips(cfg.weights, dist) if cfg.lpips else None
     adversary = Adversary(cfg, dist) if cfg.adversary == "dino" else None
-    names = cfg.target_names() if stage == 1 else []
+    names = cfg.target_names() if stage == 1 and not cfg.stage2_only else []
     targets = {name: TARGETS[name](cfg, dist, images) for name in names}
-    dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
-
     if stage == 1:
         torch.manual_seed(cfg.seed)
-        widths = {name: target.width for name, target in targets.items()}
-        model = Tokenizer(cfg, widths).to(dist.device)
-        model = train(cfg, dist, 1, model, images, targets, lpips, adversary, state)
+        model = Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(dist.device)
+        new = take_over(model, weights, dist) if weights and not state else []
+        with reading("--init", "all that --stage2-only needs"):
+            if cfg.stage2_only and new:
+                raise ValueError(f"{new[0]} does not fit")
+
+    dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
+    stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)  # of an earlier run
+    for name in stale if dist.is_main else ():
+        (out / name).unlink(missing_ok=True)
+
+    if stage == 1:
+        if not cfg.stage2_only:
+            model = train(cfg, dist, 1, model, source, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
-        state = targets = model = None  # frees the memory of the teachers
+        state = targets = model = weights = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
-        stage2 = train(cfg, dist, 2, stage2.train(), images, {}, lpips, adversary, state)
+        stage2 = train(cfg, dist, 2, stage2.train(), source, {}, lpips, adversary, state)
     stages = {"stage1": stage1, "stage2": stage2}
     dist.save(out / "metrics.json", evaluate(cfg, dist, images, val, stages, lpips))
     dist.print(f"wrote {out}")
@@ -759,9 +807,9 @@ class GroupedBatchNorm(nn.BatchNorm1d):
     """Batch norm of B x C x T over groups of at most 8 images, also in evaluation."""
 
     def forward(self, x):
-        affine = self.weight, self.bias, True, 0.1, self.eps
         groups = x.float().chunk(math.ceil(len(x) / 8))  # of one size: 12 images are 6 + 6
-        return torch.cat([F.batch_norm(group, None, None, *affine) for group in groups])
+        norm = partial(F.batch_norm, weight=self.weight, bias=self.bias, training=True, eps=self.eps)
+        return torch.cat([norm(group, None, None) for group in groups])
 
 class Residual(nn.ModuleDict):
     def forward(self, x):
@@ -815,10 +863,10 @@ class Adversary(nn.Module):
             trunk = load_vit("dino_deitsmall16_pretrain", cfg.weights, dist, "--adversary none")
             net = DinoDiscriminator(trunk, cfg.adv_norm)
         if dist.world_size > 1 and dist.device.type == "cuda" and cfg.adv_norm == "batch":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # there is none on a CPU
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # CPU processes have their own statistics
         self.net = net.to(dist.device).train()
         self.wrapped = (dist.wrap(self.net),)  # a tuple hides it from state_dict()
-        self.optimizers = make_optimizers(self.net, cfg)
+        self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr))
 
     def view(self, x, purpose, step, micro):
         """x augmented, and half of the time a crop of 224 pixels."""
