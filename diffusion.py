@@ -368,7 +368,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
         take_over(model, init.state_dict(), dist)
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
     out, start = Path(cfg.out), 0
-    if (out / "ckpt.pt").exists():  # it goes on
+    if (out / "ckpt.pt").exists():
         state = load_checkpoint(out / "ckpt.pt", "diffusion")
         start = restore(state, model, ema, optimizers)
         dist.print(f"continuing {out / 'ckpt.pt'} at step {start}, saved by {state['commit']}")
