@@ -11,7 +11,6 @@ import math
 import os
 import time
 from collections import namedtuple
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +25,8 @@ from data import (
     Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, make_shards, option, reading,
     save_grid, set_lr)
 from fid import ClassifierFD, LazyImages, frechet_distance, read_weights
-from tokenizer import Attention, Mlp, Tokenizer, decode_images, encode_images, load_tokenizer, reconstruct, restore
+from tokenizer import (
+    Attention, Mlp, decode_images, encode_images, free, load_tokenizer, reconstruct, restore, take_over)
 
 # ---- The network
 
@@ -59,20 +59,18 @@ class SwiGlu(nn.Module):
 # To add a style: its norm, its norm of queries and keys, its MLP
 layer_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # shift and scale come from c
 rms_norm = partial(nn.RMSNorm, eps=1e-6)
-gelu_mlp = partial(Mlp, approximate="tanh")
 STYLES = {
-    "sit": (layer_norm, nn.Identity, gelu_mlp),
-    "sit-qk": (layer_norm, nn.LayerNorm, gelu_mlp),
+    "sit": (layer_norm, nn.LayerNorm, partial(Mlp, approximate="tanh")),
     "lightning": (rms_norm, rms_norm, SwiGlu)}
 
 class SiTBlock(nn.Module):
     """A transformer layer that the condition c shifts, scales and gates (adaLN-Zero)."""
 
-    def __init__(self, width: int, heads: int, style: str):
+    def __init__(self, width, heads, style, qk_norm):
         super().__init__()
-        norm, qk_norm, mlp = STYLES[style]
+        norm, norm_qk, mlp = STYLES[style]
         self.norm1, self.norm2 = norm(width), norm(width)
-        self.attn, self.mlp = Attention(width, heads, qk_norm), mlp(width)
+        self.attn, self.mlp = Attention(width, heads, norm_qk if qk_norm else nn.Identity), mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
@@ -81,7 +79,7 @@ class SiTBlock(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, channels: int, style: str):
+    def __init__(self, width, channels, style):
         super().__init__()
         self.norm, self.linear = STYLES[style][0](width), nn.Linear(width, channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
@@ -91,28 +89,22 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))  # B x L x H
 
 class SiT(nn.Module):
-    """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class).
+    """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class)."""
 
-    Parameters have the names of the released checkpoints. Style lightning has RoPE over the token's number.
-    """
-
-    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int,
-                 style: str = "sit"):
-        super().__init__()
+    def __init__(self, length, channels, classes, width, depth, heads, style="sit", qk_norm=False):
+        super().__init__()  # parameters have the names of the released checkpoints
         self.shape, self.null_class, self.rope = (length, channels), classes, style == "lightning"
-        if self.rope:
-            d = width // heads
-            angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, d, 2) / d)  # L x d/2
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
-        else:
-            table = token_positions(length, width)  # 1 x L x D
-            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.size = width, heads
+        self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)  # 1 x L x D
+        if self.rope:  # it turns queries and keys by the token's number
+            table = token_positions(length, width // heads)[0]  # L x d
+            self.register_buffer("sin", table[:, 0::2], persistent=False)
+            self.register_buffer("cos", table[:, 1::2], persistent=False)
         self.x_embedder = nn.Linear(channels, width)  # a token is a patch of size 1
         mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
-        self.blocks = nn.ModuleList(SiTBlock(width, heads, style) for _ in range(depth))
+        self.blocks = nn.ModuleList(SiTBlock(width, heads, style, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, channels, style)
 
         for m in self.modules():
@@ -127,9 +119,7 @@ class SiT(nn.Module):
 
     def forward(self, x, t, y):
         c = self.t_embedder.mlp(sinusoid(t, 256)) + self.y_embedder.embedding_table(y)
-        c, x = c[:, None], self.x_embedder(x)  # B x 1 x D, B x L x D
-        if not self.rope:
-            x = x + self.pos_embed
+        c, x = c[:, None], self.x_embedder(x) + self.pos_embed  # B x 1 x D, B x L x D
         rope = (self.cos, self.sin) if self.rope else None
         for block in self.blocks:
             x = block(x, c, rope)  # B x L x D
@@ -138,8 +128,8 @@ class SiT(nn.Module):
 # ---- Flow matching
 
 def cosine_path(t):
-    half_pi, t = math.pi / 2, torch.as_tensor(t)
-    alpha, sigma = (half_pi * t).cos(), (half_pi * t).sin()  # alpha^2 + sigma^2 = 1
+    half_pi, angle = math.pi / 2, math.pi / 2 * torch.as_tensor(t)
+    alpha, sigma = angle.cos(), angle.sin()  # alpha^2 + sigma^2 = 1
     return alpha, sigma, -half_pi * sigma, half_pi * alpha
 
 # To add a path: its line here. t -> alpha, sigma, alpha', sigma'; noise level sigma / alpha -> t
@@ -148,14 +138,13 @@ PATHS = {
     "linear": Interpolant(lambda t: (1 - t, t, 0 * t - 1, 0 * t + 1), lambda level: level / (1 + level)),
     "cosine": Interpolant(cosine_path, lambda level: 2 / math.pi * level.atan())}
 
-def sample_timesteps(n: int, distribution: str, path: str, generator: torch.Generator) -> Tensor:
+def sample_timesteps(n, distribution, path, generator) -> Tensor:
     """Training times: uniform, or with a lognormal noise level sigma / alpha."""
-    if distribution == "uniform":
-        return torch.rand(n, generator=generator, device=generator.device)
-    normal = torch.randn(n, generator=generator, device=generator.device)
-    return PATHS[path].time_of(normal.exp())
+    draw = torch.rand if distribution == "uniform" else torch.randn
+    x = draw(n, generator=generator, device=generator.device)
+    return x if distribution == "uniform" else PATHS[path].time_of(x.exp())
 
-def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tensor:
+def velocity_loss(model, x, noise, t, y, path: str, cosine=0.0) -> Tensor:
     """Squared error of the velocity at x_t: B values. `cosine` weighs LightningDiT's second term."""
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in PATHS[path].coefficients(t))
     velocity = model(alpha * x + sigma * noise, t, y)  # B x L x H
@@ -167,14 +156,11 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tens
 
 # ---- Sampling. The state is float64, so that hundreds of small steps add up without rounding
 
-def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0,
-                    guide=None) -> Callable:
+def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None):
     """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v.
 
     In autoguidance a worse model `guide`, given the class, replaces the null branch.
     """
-    null = torch.full_like(y, model.null_class)  # B
-
     def velocity(x, t, gate=None):
         x, times = x.float(), y.new_full((len(x),), t, dtype=torch.float32)
         if scale <= 1 or not low <= (t if gate is None else gate) <= high:
@@ -182,13 +168,13 @@ def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high
         if guide is not None:
             v, v_null = model(x, times, y), guide(x, times, y)
         else:
-            both = torch.cat([x, x]), times.repeat(2), torch.cat([y, null])
+            both = torch.cat([x, x]), times.repeat(2), torch.cat([y, torch.full_like(y, model.null_class)])
             v, v_null = model(*both).chunk(2)
         return v_null.double() + scale * (v.double() - v_null.double())
 
     return velocity
 
-def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False) -> Tensor:
+def sample_ode(velocity, noise, steps: int, heun=False) -> Tensor:
     """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with an Euler step at the end."""
     x = noise.double()
     for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
@@ -199,7 +185,7 @@ def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False
         x = x + (t_next - t) * v  # t falls, so the step is against v
     return x
 
-def sample_sde(velocity: Callable, noise: Tensor, steps: int, path: str, draw: Callable) -> Tensor:
+def sample_sde(velocity, noise, steps: int, path: str, draw) -> Tensor:
     """Euler-Maruyama with g^2 = 2t: noisy steps from t = 1 to 0.04, then one without noise to 0."""
     x = noise.double()
     for t, t_next in pairwise([*np.linspace(1, 0.04, steps), 0.0]):
@@ -213,7 +199,7 @@ def sample_sde(velocity: Callable, noise: Tensor, steps: int, path: str, draw: C
             x = x + math.sqrt(2 * t * -dt) * draw().double()  # noise of variance g^2 |dt|
     return x
 
-def image_noise(index: Sequence[int], seed: int, shape: tuple[int, int], dist: Dist) -> Callable:
+def image_noise(index, seed: int, shape, dist: Dist):
     """draw() -> noise of samples number `index`, B x L x H: a function of (seed, number)."""
     generators = [Dist().generator(seed, "sampling noise", int(i)) for i in index]  # of the CPU
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(dist.device)
@@ -242,31 +228,25 @@ class SamplerConfig:
         return int(self.nfe() + guided.sum() + second)
 
 @torch.no_grad()
-def generate(model: SiT, decode: Callable, index: Sequence[int], y: Tensor, cfg: SamplerConfig, dist: Dist,
-             guide: SiT | None = None) -> Tensor:
-    """Samples number `index` of classes y: uint8 B x 3 x S x S on the CPU."""
+def generate(model, index, y, cfg: SamplerConfig, dist: Dist, guide=None) -> Tensor:
+    """Normalised latents B x L x H of samples number `index`, of classes y."""
     draw = image_noise(index, cfg.seed, model.shape, dist)  # also the noise of the SDE's steps
-    guided = guided_velocity(model, y.to(dist.device), cfg.guidance, cfg.low, cfg.high, guide)
-
-    def velocity(x, t, gate=None):
-        v = guided(x, t, gate)
-        finite = v.isfinite().flatten(1).all(1)
-        if not finite.all():
-            die(f"the velocity of sample {index[int(finite.int().argmin())]} is not finite at t = {t:.4g}: "
-                "the weights are damaged, or try --precision fp32")
-        return v
-
+    velocity = guided_velocity(model, y.to(dist.device), cfg.guidance, cfg.low, cfg.high, guide)
     with dist.autocast():
         if cfg.sampler == "sde":
             x = sample_sde(velocity, draw(), cfg.steps, cfg.path, draw)
         else:
             x = sample_ode(velocity, draw(), cfg.steps, heun=cfg.sampler == "heun")
-    return decode(x.float()).cpu()
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        die(f"the velocity of sample {index[int(finite.int().argmin())]} is not finite: "
+            "the weights are damaged, or try --precision fp32")
+    return x.float()
 
 # ---- Latents of the whole data set, encoded once
 
-def fingerprint(weights: dict[str, Tensor], parts: tuple[str, ...] = ("encoder.", "to_latent.")) -> str:
-    """Hash of the weights whose names begin so; by default those that decide the latents."""
+def fingerprint(weights: dict, parts=("encoder.", "to_latent.")) -> str:
+    """Hash of the weights of these parts; the default decides the latents."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         if name.startswith(parts):
@@ -276,7 +256,7 @@ def fingerprint(weights: dict[str, Tensor], parts: tuple[str, ...] = ("encoder."
 @dataclass
 class LatentSet:
     """Latents of a data set, as Loader takes them."""
-    rows: object  # Shards, float16 n x 2 x L x H: the image and its mirror image
+    rows: object  # Shards, float16 n x 2 x L x H: image and mirror image
     labels: Tensor  # n
     index: np.ndarray  # 0..n-1
     mean: Tensor  # H
@@ -287,8 +267,8 @@ class LatentSet:
         x = torch.where(mirror[:, None, None], rows[:, 1], rows[:, 0])
         return (x.float() - self.mean) / self.std
 
-def encode_dataset(tokenizer: Tokenizer, images: ImageSet, folder: Path, dist: Dist) -> LatentSet:
-    """Latents of all images, encoded once, in shards below `folder`."""
+def encode_dataset(tokenizer, images: ImageSet, folder: Path, dist: Dist) -> LatentSet:
+    """Latents of all images, in shards below `folder`."""
     def encode(start, stop):
         x = images[np.arange(start, stop)]
         z = torch.stack([encode_images(tokenizer, view, dist) for view in (x, x.flip(3))], 1)
@@ -302,39 +282,38 @@ def encode_dataset(tokenizer: Tokenizer, images: ImageSet, folder: Path, dist: D
     flat = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in rows.arrays)
     mean, square = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat) / math.prod(rows.shape[:-1])
     std = np.sqrt((square - mean**2).clip(min=0))
-    dead = np.flatnonzero(std <= 1e-6 * std.max())
+    least = 1e-6 * std.max()
+    dead = np.flatnonzero(std <= least)
     if len(dead) == len(std):
         die("all latents are equal: the tokenizer has learned nothing, train it again")
     if len(dead):
         dist.print(f"warning: the latent channels {dead.tolist()} are constant")
-    std = std.clip(min=1e-6 * std.max())  # a constant channel does not divide by zero
+    std = std.clip(min=least)  # a constant channel does not divide by zero
     mean, std = (torch.tensor(x, dtype=torch.float32, device=dist.device) for x in (mean, std))
     return LatentSet(rows, images.labels, np.arange(len(images)), mean, std)
-
-def latent_decoder(tokenizer: Tokenizer, mean: Tensor, std: Tensor, dist: Dist) -> Callable:
-    """Normalised latents B x L x H -> uint8 images."""
-    return lambda x: decode_images(tokenizer, x * std + mean, dist)
 
 # ---- Training
 
 @dataclass(frozen=True)
 class Config:
     """Defaults = preset `quick`."""
-    tokenizer: str = option("out/tokenizer/ckpt.pt", "its checkpoint; it names the data", free=True)
-    data: str = option("", "where the images are now; empty: where the tokenizer had them", free=True)
-    out: str = option("out/diffusion", "folder of the run", free=True)
+    tokenizer: str = free("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
+    data: str = free("", "where the images are; empty: as for the tokenizer")
+    out: str = free("out/diffusion", "folder of the run")
+    init: str = free("", "checkpoint to start from, ours or a released SiT")
     width: int = option(192, "width D", least=1)
-    depth: int = option(6, "layers", least=1)
+    depth: int = option(6, "transformer layers", least=1)
     heads: int = option(3, "attention heads", least=1)
-    style: str = option("sit", "lightning: RMSNorm, SwiGLU, QK norm, RoPE", tuple(STYLES))
+    style: str = option("sit", "lightning has RMSNorm, SwiGLU and RoPE", tuple(STYLES))
+    qk_norm: bool = option(False, "normalise queries and keys")
     cosine_loss: float = 0.0  # weight of LightningDiT's cosine term
-    path: str = option("linear", "from data to noise", tuple(PATHS))
+    path: str = option("linear", "interpolation between data and noise", tuple(PATHS))
     time: str = "lognormal"  # distribution of t in training; or uniform
     label_dropout: float = 0.1  # share of labels replaced by the null class
     steps: int = option(600, "training steps", least=1)
-    batch_size: int = option(256, "latents a step, over all processes", least=1)
-    micro_batch: int = option(0, "latents that a process puts through at once; 0: all", free=True)
-    optimizer: str = option("muon", "of the matrices inside blocks; the rest: adamw", ("adamw", "muon"))
+    batch_size: int = option(256, "latents in a step, over all processes", least=1)
+    micro_batch: int = free(0, "latents a process takes at once; 0: all")
+    optimizer: str = option("muon", "optimizer of the matrices inside blocks", ("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate of AdamW")
     muon_lr: float = 1e-2
     beta2: float = 0.99
@@ -343,47 +322,53 @@ class Config:
     schedule: str = "cosine"  # after the warm-up; or constant, linear
     clip: float = 1.0  # largest gradient norm; 0: any
     ema: float = 0.998  # decay of the weight average
-    sampler: str = option("heun", "of previews and evaluation", ("euler", "heun", "sde"), free=True)
-    sampling_steps: int = option(10, "its steps", least=1, free=True)
-    guidance: float = option(2.0, "its guidance scale; 1: none", least=1, free=True)
-    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1 is noise", free=True)
-    samples: int = option(2000, "images for the evaluation; 0: none", free=True)
+    sampler: str = free("heun", "sampler of previews and evaluation", ("euler", "heun", "sde"))
+    sampling_steps: int = free(10, "steps of that sampler", least=1)
+    guidance: float = free(2.0, "guidance scale; 1: no guidance", least=1)
+    guidance_high: float = free(0.75, "guidance acts where t <= this; t = 1 is noise")
+    samples: int = free(2000, "images to evaluate; 0: none")
+    labels: str = "balanced"  # of these images; or random
     log_every: int = 200
     preview_every: int = 400  # samples.png
-    save_every: int = option(500, "steps between checkpoints", least=1, free=True)
-    keep_every: int = option(0, "steps between step-N.pt; 0: none", free=True)
-    seed: int = option(0, "of all random numbers")
-    compile: bool = option(torch.cuda.is_available(), "torch.compile; a CPU needs a C++ compiler", free=True)
-    precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"), free=True)
+    save_every: int = free(500, "steps between checkpoints", least=1)
+    keep_every: int = free(0, "steps between step-N.pt, which are kept; 0: none")
+    seed: int = option(0, "seed of all random numbers")
+    compile: bool = free(torch.cuda.is_available(), "use torch.compile; a CPU needs a C++ compiler")
+    precision: str = free("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
-        if self.width % (2 * self.heads) or not self.guidance_high <= 1:
-            raise ValueError(f"--width {self.width} must be a multiple of 2 --heads, "
-                             "and --guidance-high at most 1")
+        if self.width % (2 * self.heads) or self.guidance_high > 1:
+            raise ValueError(f"--width {self.width} must be a multiple of 2 --heads, and --guidance-high at most 1")
+        if self.cosine_loss and not self.clip:
+            raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
-    def build_sit(self, shape: Sequence[int], classes: int) -> SiT:
-        return SiT(*shape, classes, self.width, self.depth, self.heads, self.style)
+    def build_sit(self, shape, classes: int) -> SiT:
+        return SiT(*shape, classes, self.width, self.depth, self.heads, self.style, self.qk_norm)
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 SIT = {
     "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "schedule": "constant",
     "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
-    "samples": 50_000, "save_every": 2000, "preview_every": 10_000}
+    "samples": 50_000, "labels": "random", "save_every": 2000, "preview_every": 10_000}
 LIGHTNING = SIT | {
     "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,
     "lr": 2e-4, "beta2": 0.95, "sampler": "euler", "guidance": 1.8}
-PRESETS = {"quick": {}}  # the others: the paper's Tables 8 and 9
+# 40 epochs as in arXiv 2603.05630. Their gFID with the released tokenizer: b 13.73, xl 6.27
+EP40 = SIT | {"steps": 400_000, "batch_size": 128, "guidance": 1.0}
+PRESETS = {"quick": {}}  # the others: Sec. 4 of the paper
 for name, size in SIZES.items():
     shape = dict(zip(("width", "depth", "heads"), size))
-    PRESETS |= {f"sit-{name}": SIT | shape, f"lightning-{name}": LIGHTNING | shape}
+    PRESETS |= {f"sit-{name}": SIT | shape, f"sit-{name}-40ep": EP40 | shape, f"lightning-{name}": LIGHTNING | shape}
 
-def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Callable) -> SiT:
-    """Returns the averaged model. `meta` goes into its checkpoints."""
+def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init=None) -> SiT:
+    """Returns the averaged model. `meta` goes into checkpoints; `init`: a model to start from."""
     torch.manual_seed(cfg.seed)
     model = cfg.build_sit(meta["shape"], len(meta["classes"])).to(dist.device)
+    if init:
+        take_over(model, init.state_dict(), dist)
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
     out, start = Path(cfg.out), 0
-    if (out / "ckpt.pt").exists():  # the run goes on from there
+    if (out / "ckpt.pt").exists():
         state = load_checkpoint(out / "ckpt.pt", "diffusion")
         start = restore(state, model, ema, optimizers)
         dist.print(f"continuing {out / 'ckpt.pt'} at step {start}, saved by {state['commit']}")
@@ -392,8 +377,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
     n, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
     loader = Loader(latents, n, cfg.seed, dist)
     log = Log(cfg, dist, "diffusion", start, cfg.steps, loader)
-    example = torch.zeros(1, *model.shape), torch.zeros(1), torch.zeros(1).long()
-    log.count_flops(model, *example)
+    log.count_flops(model, torch.zeros(1, *model.shape), torch.zeros(1), torch.zeros(1).long())
 
     for step in range(start, cfg.steps):
         x, y = loader(step)  # B x L x H, B
@@ -408,8 +392,8 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         losses = []
         for micro in dist.micro_batches(net, len(x), cfg.micro_batch):
             with dist.autocast():
-                batch = x[micro], noise[micro], t[micro], y[micro]
-                loss = velocity_loss(net, *batch, cfg.path, cfg.cosine_loss)
+                rows = (row[micro] for row in (x, noise, t, y))
+                loss = velocity_loss(net, *rows, cfg.path, cfg.cosine_loss)
             (loss.sum() / len(x)).backward()  # mean over this process's rows
             losses.append(loss.detach())
 
@@ -433,25 +417,26 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         keeping = cfg.keep_every and done % cfg.keep_every == 0
         saving = last or done % cfg.save_every == 0
         if saving or keeping or done % cfg.log_every == 0:
-            log.write(done)  # ends the run if a term is not finite, before it is saved
-        checkpoint = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done,
-                             "ema": ema.model.state_dict()}
+            log.write(done)  # ends the run if a term is not finite
+        state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done, "ema": ema.model.state_dict()}
         if keeping:
-            dist.save(out / f"step-{done}.pt", checkpoint)
+            dist.save(out / f"step-{done}.pt", state)
         if saving:
             states = [optimizer.state_dict() for optimizer in optimizers]
-            checkpoint |= {"model": model.state_dict(), "optimizers": states}
-            dist.save(out / "ckpt.pt", checkpoint)
+            dist.save(out / "ckpt.pt", state | {"model": model.state_dict(), "optimizers": states})
         if dist.is_main and (last or done % cfg.preview_every == 0):
             preview(ema.model)
     return ema.model
 
 # ---- Loading, and the run with its evaluation
 
-def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config, dict]:
-    """The averaged model of a checkpoint, its settings, and all else that is stored."""
-    state = load_checkpoint(path, "diffusion")
-    with reading(path, "a diffusion model of this code"):
+def load_diffusion(path: str | Path, device, tokenizer=None) -> tuple:
+    """The averaged model of a checkpoint or of a released SiT, its settings, and what else is stored."""
+    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if file.suffix == ".safetensors":
+        return load_official(file, device, tokenizer)
+    state = load_checkpoint(file, "diffusion")
+    with reading(file, "a diffusion model of this code"):
         cfg = Config(**state["config"])
         model = cfg.build_sit(state["shape"], len(state["classes"]))
         model.load_state_dict(state["ema"])
@@ -459,36 +444,37 @@ def load_diffusion(path: str | Path, device: torch.device) -> tuple[SiT, Config,
             raise ValueError("the statistics of its latents are damaged")
     return model.to(device).eval().requires_grad_(False), cfg, state
 
-def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
+def from_official(weights: dict, heads=0) -> SiT:
     """The state dict of a released SiT. heads 0: those of its size."""
     rows, width = weights["y_embedder.embedding_table.weight"].shape
     shape = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape[1]
     depth = sum(key.endswith("attn.qkv.weight") for key in weights)
     heads = heads or (16 if width == 1152 else width // 64)
-    style = "sit-qk" if "blocks.0.attn.q_norm.weight" in weights else "sit"
     with torch.device("meta"):
-        model = SiT(*shape, rows - 1, width, depth, heads, style)
+        model = SiT(*shape, rows - 1, width, depth, heads, "sit", "blocks.0.attn.q_norm.weight" in weights)
     model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
-def load_official(path: str, tokenizer: str, device: torch.device) -> tuple[SiT, Config, dict]:
-    """A released SiT, folder or file, like load_diffusion. `tokenizer`: the converted one."""
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    about = file.with_name("config.json")
+def load_official(file: Path, device, tokenizer) -> tuple:
+    """`tokenizer`: the converted one; None: only the model is needed."""
+    if tokenizer == "":
+        die("a released SiT needs --tokenizer")
+    about, meta = file.with_name("config.json"), {}
     with reading(file, "a released SiT"):
         heads = json.loads(about.read_text()).get("num_heads") if about.exists() else 0
         model = from_official(read_weights(file), heads).to(device)
-    state = load_checkpoint(tokenizer, "tokenizer")
-    with reading(tokenizer, "a tokenizer converted with its config.json"):
-        meta = {name: [state["latent_statistics"][name]] * model.shape[1] for name in ("mean", "std")}
-    meta |= {"classes": [str(c) for c in range(model.null_class)], "size": state["config"]["size"],
-             "data": "", "step": 0, "tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
-    # Nothing published says on which path it was trained. The demos sample with cosine
-    return model, Config(tokenizer=tokenizer, path="cosine"), meta
+    if tokenizer:
+        state = load_checkpoint(tokenizer, "tokenizer")
+        with reading(tokenizer, "a tokenizer converted with its config.json"):
+            meta = {name: [state["latent_statistics"][name]] * model.shape[1] for name in ("mean", "std")}
+        meta |= {"classes": [str(c) for c in range(model.null_class)], "size": state["config"]["size"], "data": "",
+                 "step": 0, "tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
+    # Nothing says on which path it was trained. The demos sample with cosine
+    return model, Config(path="cosine"), meta
 
 def main(cfg: Config, dist: Dist) -> None:
     began = time.time()
-    dist.local_slice(cfg.batch_size)  # ends the run if the processes cannot share a batch
+    dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
     if Path(cfg.tokenizer).resolve().parent == Path(cfg.out).resolve():
         die(f"--out {cfg.out} is the folder of --tokenizer, whose ckpt.pt it would overwrite: give another")
     tokenizer, tok = load_tokenizer(cfg.tokenizer, dist.device)
@@ -497,43 +483,57 @@ def main(cfg: Config, dist: Dist) -> None:
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
     made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}
-    out = dist.make_out_dir(cfg.out, cfg, made_of)
+    out = Path(cfg.out)
+    ours, begun = (out / "settings.json").exists(), (out / "ckpt.pt").exists()
+    init = load_diffusion(cfg.init, "cpu")[0] if cfg.init and not begun else None
+    if init and init.size != (cfg.width, cfg.heads):
+        die(f"--init {cfg.init} needs --width {init.size[0]} --heads {init.size[1]}")
+    dist.make_out_dir(cfg.out, cfg, made_of)
     latents = encode_dataset(tokenizer, images, out / "latents", dist)
+    present = images.labels.unique()  # classes that have images
     meta = made_of | {
         "mean": latents.mean.tolist(), "std": latents.std.tolist(), "classes": images.classes,
-        "data": data, "size": tok.size, "shape": latents.rows.shape[2:], "tokenizer": [  # to be found again
-            os.path.relpath(cfg.tokenizer, out), str(Path(cfg.tokenizer).absolute())]}
+        "present": present.tolist(), "data": data, "size": tok.size, "shape": latents.rows.shape[2:],
+        "tokenizer": [os.path.relpath(cfg.tokenizer, out), str(Path(cfg.tokenizer).absolute())]}
+    if ours and dist.is_main:  # what an earlier run left
+        for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]:
+            for path in out.glob(name):
+                path.unlink()
 
-    decode = latent_decoder(tokenizer, latents.mean, latents.std, dist)
     classes = len(images.classes)
-    guidance = cfg.guidance if classes > 1 and cfg.label_dropout else 1.0  # else there is no null class
-    sampling = SamplerConfig(cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high,
-                             cfg.seed, cfg.path)
+    empty = [name for i, name in enumerate(images.classes) if i not in present][:20]
+    if empty:
+        dist.print(f"warning: no training images, so no samples, of {', '.join(empty)}")
+    guidance = cfg.guidance if classes > 1 and cfg.label_dropout else 1.0  # else no null class
+    sampling = SamplerConfig(cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high, cfg.seed, cfg.path)
 
-    def make(model, index, k):
-        y = torch.as_tensor(index) % k  # as many of each of the first k classes
-        return generate(model, decode, index, y, sampling, dist)
+    def decode(x):
+        return decode_images(tokenizer, x * latents.std + latents.mean, dist)
+
+    def make(model, y, index):
+        return decode(generate(model, index, y[torch.as_tensor(index)], sampling, dist))
 
     def preview(model):
-        columns = min(classes, 10)
-        titles = images.classes[:columns] if classes > 1 else ()
-        grid = make(model, range(8 * columns), columns)
-        save_grid(out / "samples.png", grid, columns, titles)
+        shown = present[:10]
+        titles = [images.classes[c] for c in shown] if classes > 1 else ()
+        grid = make(model, shown.repeat(8), range(8 * len(shown)))
+        save_grid(out / "samples.png", grid, len(shown), titles)
 
-    model, rows = train(cfg, dist, latents, meta, preview), {}
+    model, rows = train(cfg, dist, latents, meta, preview, init), {}
     if cfg.samples and classes > 1:
-        # Real or reconstructed images and decoded noise are two bounds
+        # Decoded noise and reconstructions are bounds
         n, val = cfg.samples, ImageSet(data, tok.size, "val")
         judge = ClassifierFD(images, val, dist, cfg.out)
-        y = torch.arange(n) % classes
-        samples = LazyImages(n, lambda i: make(model, i, classes))
+        pick = dist.rng(cfg.seed, "labels").integers(0, len(present), n)
+        y = present[pick if cfg.labels == "random" else np.arange(n) % len(present)]
+        samples = LazyImages(n, lambda i: make(model, y, i))
         noise = LazyImages(n, lambda i: decode(image_noise(i, cfg.seed, model.shape, dist)()))
         recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
         rows["samples"], moments = judge.score(samples, y)
         rows["decoded noise"], _ = judge.score(noise, y)
         rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
         rows["real validation images"] = judge.reference
-        # The distance without the error of the decoder
+        # Without the error of the decoder
         rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
     elif cfg.samples:
         dist.print("one class only: no fd_classifier; look at samples.png")
@@ -541,7 +541,7 @@ def main(cfg: Config, dist: Dist) -> None:
         dist.print(f"{name:32s}", *(f"{key} {value:.4g} " for key, value in row.items()))
     seconds = round(time.time() - began)
     dist.save(out / "metrics.json", {
-        "rows": rows, "sampling": asdict(sampling), "labels": "balanced", "against": data, "steps": cfg.steps,
+        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": data, "steps": cfg.steps,
         "precision": dist.precision, "seconds": seconds})
     dist.print(f"wrote {out} in {seconds} s")
     dist.barrier()

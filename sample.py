@@ -8,7 +8,6 @@ Sample i depends only on weights, settings and (seed, i), not on batch size or p
 import json  # noqa: I001
 import shutil
 import zipfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Dist, Shards, die, keep_outside, launch, make_shards, option, save_grid, writing
-from diffusion import (
-    SamplerConfig, fingerprint, generate, latent_decoder, load_diffusion, load_official)
-from tokenizer import load_tokenizer
+from data import Dist, die, keep_outside, launch, make_shards, option, save_grid, writing
+from diffusion import SamplerConfig, fingerprint, generate, load_diffusion
+from tokenizer import decode_images, load_tokenizer
 
 @dataclass(frozen=True)
 class Config:
@@ -30,14 +28,14 @@ class Config:
     out: str = option("out/samples", "folder to write")
     num_samples: int = option(2000, "number of images", least=1)
     labels: str = option("balanced", "balanced, random, or classes with commas")
-    sampler: str = option("heun", "heun: two network calls a step", ("euler", "heun", "sde"))
-    steps: int = option(10, "of the sampler", least=1)
-    guidance: float = option(2.0, "its scale; 1: none", least=1)
-    guidance_low: float = option(0.0, "it acts where this <= t")
-    guidance_high: float = option(0.75, "and t <= this; t = 1 is noise")
+    sampler: str = option("heun", "heun has two calls a step", ("euler", "heun", "sde"))
+    steps: int = option(10, "sampler steps", least=1)
+    guidance: float = option(2.0, "guidance scale; 1: no guidance", least=1)
+    guidance_low: float = option(0.0, "guidance acts where this <= t")
+    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1 is noise")
     batch_size: int = option(250, "images at a time", least=1)
-    png: bool = option(False, "write png/000000.png ..., too")
-    seed: int = option(0, "of the noise and of random labels")
+    png: bool = option(False, "write png/000000.png and so on")
+    seed: int = option(0, "seed of the noise and of random labels")
     compile: bool = torch.cuda.is_available()
     precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
 
@@ -45,16 +43,21 @@ class Config:
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("--guidance-low <= --guidance-high <= 1 is needed")
 
-PAPER = {"sampler": "sde", "steps": 250, "num_samples": 50_000, "guidance": 1.9}  # Table 8
-PRESETS = {"quick": {}, "paper256": PAPER,
-           "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7}}
+PAPER = {  # Sec. 4
+    "sampler": "sde", "steps": 250, "num_samples": 50_000, "guidance": 1.9,
+    "labels": "random", "precision": "fp32"}  # bf16 rounds each velocity to 3 digits
+PRESETS = {
+    "quick": {}, "paper256": PAPER, "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7},
+    "lightning256": PAPER | {"sampler": "euler", "guidance": 1.8},
+    "lightning512": PAPER | {"sampler": "euler", "guidance": 1.6, "guidance_high": 0.65}}
 
-def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int) -> np.ndarray:
-    """The class of each of n images."""
+def choose_labels(rule, n, classes, dist: Dist, seed, present=()):
+    """The class of each of n images. `present`: classes with training images."""
+    present = np.array(present or range(len(classes)))
     if rule == "balanced":
-        return np.arange(n) % len(classes)
+        return np.resize(present, n)
     if rule == "random":
-        return dist.rng(seed, "labels").integers(0, len(classes), n)
+        return present[dist.rng(seed, "labels").integers(0, len(present), n)]
     numbers = {name: i for i, name in enumerate(classes)}
     if not any(name.isdigit() for name in classes):  # else a missing name would be a number
         numbers |= {str(i): i for i in range(len(classes))}
@@ -64,8 +67,8 @@ def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int) 
             die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
     return np.resize([numbers[word] for word in words], n)
 
-def save_npz(path: Path, images: Shards, **arrays: np.ndarray) -> None:
-    """An npz as numpy writes it. arr_0 goes shard by shard, to save memory."""
+def save_npz(path: Path, images, **arrays):
+    """An npz as numpy writes it. arr_0 goes shard by shard."""
     with writing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
@@ -74,19 +77,14 @@ def save_npz(path: Path, images: Shards, **arrays: np.ndarray) -> None:
                 member.write(np.ascontiguousarray(shard))
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as member:
-                np.save(member, array)
+                np.save(member, np.array(array))
 
-def load_models(cfg: Config, dist: Dist) -> tuple:
-    """(model, its settings, all else that is stored, tokenizer, guide)"""
-    if Path(cfg.model).is_dir() or cfg.model.endswith(".safetensors"):
-        if not cfg.tokenizer:
-            die("a released SiT needs --tokenizer")
-        model, trained, meta = load_official(cfg.model, cfg.tokenizer, dist.device)
-    else:
-        model, trained, meta = load_diffusion(cfg.model, dist.device)
-    # The folder of a run may have been moved: the tokenizer is where it was as seen from the model, or where it was
+def load_models(cfg: Config, dist: Dist):
+    """(model, settings, what else is stored, tokenizer, guide)"""
+    model, trained, meta = load_diffusion(cfg.model, dist.device, cfg.tokenizer)
+    # The run may have been moved: look as seen from its model, then where it lay
     places = [Path(cfg.model).parent / meta["tokenizer"][0], Path(meta["tokenizer"][-1])]
-    for path in [cfg.tokenizer] if cfg.tokenizer else sorted(places, key=lambda place: not place.exists()):
+    for path in [cfg.tokenizer] if cfg.tokenizer else sorted(places, key=lambda p: not p.exists()):
         tokenizer, _ = load_tokenizer(path, dist.device)
         if fingerprint(tokenizer.state_dict()) == meta["tokenizer_weights"]:
             break
@@ -95,10 +93,10 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
 
     guide = None
     if cfg.guide:
-        guide, guide_cfg, other = load_diffusion(cfg.guide, dist.device)
+        guide, guide_cfg, other = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
         ours, theirs = meta | {"path": trained.path}, other | {"path": guide_cfg.path}
         for name in ("tokenizer_weights", "images", "path"):
-            if ours.get(name) != theirs[name]:
+            if ours.get(name) != theirs.get(name):
                 die(f"--guide {cfg.guide} was trained with other {name} than {cfg.model}")
     elif cfg.guidance > 1 and not trained.label_dropout:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
@@ -110,40 +108,37 @@ def main(cfg: Config, dist: Dist) -> None:
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)
     keep_outside(cfg.out, meta["data"])
     classes, n = meta["classes"], cfg.num_samples
-    labels = choose_labels(cfg.labels, n, classes, dist, cfg.seed)
+    labels = choose_labels(cfg.labels, n, classes, dist, cfg.seed, meta.get("present"))
     guidance = cfg.guidance if len(classes) > 1 or guide else 1.0
     sampling = SamplerConfig(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high,
                              cfg.seed, cfg.path or trained.path)
-    mean, std = (torch.tensor(meta[name], device=dist.device) for name in ("mean", "std"))
-    decode = latent_decoder(tokenizer, mean, std, dist)
+    mean, std = (torch.tensor(meta[key], device=dist.device) for key in ("mean", "std"))
 
     def make(start, stop):
         y = torch.from_numpy(labels[start:stop])
-        x = generate(model, decode, range(start, stop), y, sampling, dist, guide)
-        return x.permute(0, 2, 3, 1).numpy()
+        z = generate(model, range(start, stop), y, sampling, dist, guide)
+        return decode_images(tokenizer, z * std + mean, dist).permute(0, 2, 3, 1).cpu().numpy()
 
-    made_of = asdict(sampling) | {  # hashed into the shards' names
+    made_of = asdict(sampling) | {
         "n": n, "labels": cfg.labels, "data": meta["data"], "size": meta["size"],
         "training_steps": meta["step"], "precision": dist.precision, "batch_size": cfg.batch_size}
     nets = {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}
-    made_of |= {name: net and fingerprint(net.state_dict(), ("",)) for name, net in nets.items()}
+    made_of |= {name: net and fingerprint(net.state_dict(), "") for name, net in nets.items()}
     out = dist.make_out_dir(cfg.out)
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
-        if (out / "samples.npz").exists():  # else png/ is not ours
+        if (out / "samples.npz").exists() or (out / "grid.png").exists():  # of an earlier run
             shutil.rmtree(out / "png", ignore_errors=True)
-        about = {"classes": np.array(classes), "meta": np.array(json.dumps(made_of))}
-        save_npz(out / "samples.npz", images, labels=labels, **about)
+            for name in ("metrics.json", "grid.png"):
+                (out / name).unlink(missing_ok=True)
+        save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
         if cfg.png:
             (out / "png").mkdir()
             for i in range(n):
                 Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
         first = torch.from_numpy(images[np.arange(min(n, 80))]).permute(0, 3, 1, 2)
         save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
-        for part in (out / "parts").glob("*.npy"):
-            part.unlink(missing_ok=True)
-        with suppress(OSError):  # a second run may still write there
-            (out / "parts").rmdir()
+        shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
     dist.print(f"wrote {out}: {sampling}, {sampling.nfe()} network calls, "
                f"{sampling.nfe_with_guidance()} if a guided one counts twice")
     dist.barrier()

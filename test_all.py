@@ -516,7 +516,7 @@ def test_a_training_checkpoint_becomes_a_tokenizer_that_a_released_sit_samples_w
     _, weights, case = golden("maetok/sit_tiny_b")
     release("sit", weights, num_heads=case["args"]["num_heads"])
     call("sample --preset paper256 --model sit --tokenizer tok/ckpt.pt --num-samples 9 --png --precision fp32",
-         "--sampler euler --steps 3")
+         "--sampler euler --steps 3 --labels balanced")
     found = content_of("out/samples/samples.npz")
     images, labels = found["arr_0"], torch.from_numpy(found["labels"])
     assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1] and images.shape == (9, 64, 64, 3)
@@ -805,14 +805,16 @@ def test_autoguidance_and_the_interval_of_guidance():
         close(diffusion.guided_velocity(model, y, *settings, guide=other)(x, 0.5), expected, 1e-5)
     assert (good - null).abs().max() > 1e-3
 
-def test_lightning_places_tokens_by_rope_alone():
+def test_lightning_places_tokens_by_sines_and_by_rope_and_qk_norm_is_a_choice():
+    for style, norm, mlp in (("sit", torch.nn.LayerNorm, tokenizer.Mlp), ("lightning", torch.nn.RMSNorm, diffusion.SwiGlu)):
+        plain, normed = (diffusion.SiT(6, 3, 5, 24, 1, 2, style, qk_norm).blocks[0] for qk_norm in (False, True))
+        assert [type(plain.attn.q_norm), type(normed.attn.k_norm), type(plain.mlp)] == [torch.nn.Identity, norm, mlp]
     net, order = shaken(diffusion.SiT(6, 3, 5, 24, 2, 2, style="lightning")), torch.tensor([1, 0, 2, 3, 4, 5])
-    assert isinstance(net.blocks[0].attn.q_norm, torch.nn.RMSNorm) and isinstance(net.blocks[1].mlp, diffusion.SwiGlu)
     x, t, y = torch.randn(2, 6, 3), torch.rand(2), torch.tensor([0, 5])
-    assert (net(x[:, order], t, y) - net(x, t, y)[:, order]).abs().max() > 2e-5
-    net.cos.fill_(1)
-    net.sin.fill_(0)
-    torch.testing.assert_close(net(x[:, order], t, y), net(x, t, y)[:, order])
+    sines, cos, sin = net.pos_embed.data, net.cos, net.sin
+    for a, b in ((0, 1), (1, 0), (0, 0)):  # sines, RoPE
+        net.pos_embed.data, net.cos, net.sin = a * sines, b * cos + 1 - b, b * sin
+        assert ((net(x[:, order], t, y) - net(x, t, y)[:, order]).abs().max() > 2e-5) == (a + b > 0)
     opposite = diffusion.velocity_loss(lambda *_: -x, x * 0, x, t, y, "linear", 0.5)
     close(opposite, (4 * x.square() + 1).mean((1, 2)), 1e-5)  # half of one minus the cosine, which is -1
 
@@ -1371,6 +1373,59 @@ def test_lightning_trains_and_an_earlier_checkpoint_guides(made):
                                   ({"config": state["config"] | {"label_dropout": 0.0}}, "--model", "no null class")):
         ONE.save(Path("x.pt"), state | change)
         refused(run, flag, "x.pt", message=message)
+
+def test_presets_are_the_published_settings_and_what_diverges_is_refused():
+    for name, how in {"paper256": "sde 1.9 0.75", "paper512": "sde 1.5 0.7", "lightning256": "euler 1.8 0.75",
+                      "lightning512": "euler 1.6 0.65"}.items():
+        c = sample.Config(**sample.PRESETS[name])
+        assert f"{c.sampler} {c.guidance} {c.guidance_high}" == how and c.guidance_low == 0
+        assert (c.steps, c.num_samples, c.labels, c.precision) == (250, 50_000, "random", "fp32")
+    for name, width in (("sit-b-40ep", 768), ("sit-xl-40ep", 1152)):
+        c = diffusion.Config(**diffusion.PRESETS[name])
+        assert [c.width, c.steps, c.batch_size, c.sampler, c.sampling_steps, c.guidance] == [width, 400_000, 128, "sde", 250, 1]
+    with pytest.raises(ValueError, match="cosine_loss needs a clip above 0"):
+        diffusion.Config(cosine_loss=1.0, clip=0.0).check()
+
+def test_init_takes_over_what_fits(chain, made, capsys):
+    make_folder("x", 30, "abc", 16)  # three classes in place of ten. At rate 0 the weights stay as they begin
+    line = f"diffusion {made['diffusion']} --init {chain}/diffusion/ckpt.pt --steps 2 --samples 0 --data x"
+    run = partial(call, line, "--optimizer adamw --lr 0")
+    refused(run, "--heads 1", message="ckpt.pt needs --width 24 --heads 2")
+    run("--out one", fields={})
+    old, new, table = torch.load(chain / "diffusion/ckpt.pt")["ema"], torch.load("one/ckpt.pt"), "y_embedder.embedding_table.weight"
+    assert "--init: 1 tensors new: " + table in capsys.readouterr().out and new["model"][table].shape == (4, 24)
+    assert all(torch.equal(w, old[name]) for name, w in new["ema"].items() if name != table)
+    run("--init gone.pt --out one", fields={})  # goes on from its own checkpoint
+    refused(run, "--init gone.pt --out two", message="gone.pt: No such file")
+    assert "continuing one/ckpt.pt" in capsys.readouterr().out and not Path("two").exists()
+    release("sit", weights := golden("maetok/sit_tiny_b")[1], num_heads=6)
+    run("--init sit --qk-norm --width 48 --heads 6 --depth 3 --out three", fields={})
+    new = torch.load("three/ckpt.pt")["ema"]
+    weights |= {"pos_embed": diffusion.token_positions(4, 48)}  # of another length: its own
+    assert all(torch.equal(new[k], weights[k]) for k in weights if k[:6] in ("blocks", "t_embe", "pos_em"))
+
+def test_nothing_of_an_earlier_run_stays_and_classes_without_images_are_not_sampled(made, capsys, monkeypatch):
+    (make_folder("x", 1, "b") / "b/0.png").write_text("no picture")
+    make_folder("x", 30, "ac", 16)
+    train = partial(call, f"diffusion {made['diffusion']} --data x --steps 2 --samples 9 --out d", fields={})
+    train()
+    assert "warning: no training images, so no samples, of b" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(diffusion, "train", lambda *args: sys.exit("cut"))
+        for kept in (["samples.png", "step-9.pt"], []):  # the run goes on, or begins again
+            old = [Path("d", name) for name in ("metrics.json", "samples.png", "step-9.pt")]
+            assert all(path.write_text("old") for path in old) and refused(train, message="cut")
+            assert [path.name for path in old if path.exists()] == kept
+            Path("d/ckpt.pt").unlink(missing_ok=True)
+    train()
+    run = partial(call, f"sample {made['diffusion']} --model d/ckpt.pt --num-samples 9 --steps 1 --out s")
+    run("--png")
+    Path("s/metrics.json").write_text("old")
+    Path("s/png/000003.png").unlink()  # as after a kill
+    run("--png --labels random")
+    assert set(content_of("s/samples.npz")["labels"]) == {0, 2} and len(list(Path("s/png").iterdir())) == 9
+    run()
+    assert {p.name for p in Path("s").iterdir()} == {"samples.npz", "grid.png"}
 
 def test_a_flat_folder_goes_through_all_scripts(cache):
     """One class; the plain autoencoder without masking, on two processes; the scores that need labels are left out."""
