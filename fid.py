@@ -38,7 +38,7 @@ from data import (
 
 META = "https://dl.fbaipublicfiles.com"
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-SIGLIP = "https://huggingface.co/google/siglip-large-patch16-256/resolve/main/model.safetensors"
+SIGLIP = "https://huggingface.co/google/{}/resolve/main/model.safetensors"
 FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
 INCEPTION, DINO = "pt_inception-2015-12-05-6726825d", "dino_deitsmall16_pretrain"
 WEIGHTS = {  # name: address, start of the published sha256
@@ -46,7 +46,7 @@ WEIGHTS = {  # name: address, start of the published sha256
     "lpips_vgg": (LPIPS, "a78928a0"),
     INCEPTION: (f"{FID}/{INCEPTION}.pth", "6726825d"),
     DINO: (f"{META}/dino/{DINO}/{DINO}.pth", ""),
-    "siglip-large-patch16-256": (SIGLIP, "")}
+    **{name: (SIGLIP.format(name), "") for name in ("siglip-large-patch16-256", "siglip-so400m-patch14-224")}}
 for net in ("vits14", "vits14_reg4", "vitb14", "vitb14_reg4", "vitl14", "vitl14_reg4"):
     WEIGHTS[f"dinov2_{net}_pretrain"] = f"{META}/dinov2/dinov2_{net[:6]}/dinov2_{net}_pretrain.pth", ""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
@@ -221,7 +221,8 @@ class Lpips(nn.Module):
         features = []
         for i, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if i else x)
-            features.append(x.float() / (x.float().square().sum(1, keepdim=True).sqrt() + 1e-10))
+            square = x.float().square().sum(1, keepdim=True)
+            features.append(x.float() / (square + 1e-20).sqrt())  # at 0 its gradient is 0
         return features
 
     def layers(self, a: Tensor, b: Tensor) -> Tensor:
@@ -415,13 +416,22 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """SSIM of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5."""
-    a, b = a.double() / 255, b.double() / 255
     w = torch.exp(-0.5 * (torch.arange(-5, 6, device=a.device).double() / 1.5) ** 2)
-    w = (torch.outer(w, w) / w.sum() ** 2).expand(a.shape[1], 1, 11, 11)
+    return ssim_under(torch.outer(w, w) / w.sum() ** 2, a.double() / 255, b.double() / 255)
+
+def ssim_7x7_range2(a: Tensor, b: Tensor) -> Tensor:
+    """The paper's: flat 7 x 7 window, sample covariance, on [-1, 1]. It gives more."""
+    w = torch.full((7, 7), 1 / 49, device=a.device).double()
+    return ssim_under(w, a.double() / 127.5 - 1, b.double() / 127.5 - 1, 2, 49 / 48)
+
+def ssim_under(w: Tensor, a: Tensor, b: Tensor, span: float = 1, correction: float = 1) -> Tensor:
+    """SSIM with window w, for values that span so much: B values."""
+    w = w.expand(a.shape[1], 1, -1, -1)
     blur = functools.partial(F.conv2d, weight=w, groups=a.shape[1])  # each channel by itself
     ma, mb = blur(a), blur(b)
-    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2  # flat images: no division by zero
+    moments = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    va, vb, cov = (correction * x for x in moments)
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2  # flat images: no division by zero
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return score.flatten(1).mean(1)
 
@@ -429,14 +439,15 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, classifier_fd=None,
                            lpips=None, weights: str | None = None) -> dict:
     """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
-    metrics = {"psnr": psnr, "ssim": ssim} if images.size > 10 else {"psnr": psnr}  # SSIM's window has 11 pixels
+    metrics = {"psnr": psnr}
+    if images.size > 10:  # SSIM's window has 11 pixels
+        metrics |= {"ssim": ssim, "ssim_7x7_range2": ssim_7x7_range2}
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(to_float(x), to_float(y))
     sums = torch.zeros(len(metrics), device=dist.device).double()
     for _, x in in_batches(images, dist, 50):
         y = reconstruct(x)
-        with dist.autocast():  # float64 stays float64
-            sums += torch.stack([f(x, y).double().sum() for f in metrics.values()])
+        sums += torch.stack([f(x, y).double().sum() for f in metrics.values()])  # in fp32 or more
     scores = dict(zip(metrics, (dist.all_reduce(sums) / len(images)).tolist()))
     lazy = LazyImages(len(images), lambda i: reconstruct(images[i].to(dist.device)))
     if classifier_fd:
@@ -773,6 +784,7 @@ def compare_latents(cfg: Config, dist: Dist) -> None:
                       "dimensions_for_90_percent": int((variance < 0.9 * variance[-1]).sum()) + 1}
         if len(train.classes) > 1:
             rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))
+            rows[path]["probe_images"] = len(z), len(v)  # evenly spaced in large sets
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
     dims = min(dims, *(z.shape[1] for z, _ in latents.values()))

@@ -683,8 +683,10 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     z, y = encode_dataset(stages["stage2"], val, dist)
     metrics["latents_unchanged_by_stage2"] = torch.equal(z, encode_dataset(stages["stage1"], val, dist)[0])
     if classes > 1:
-        metrics["linear_probe"] = linear_probe(*encode_dataset(model, images, dist), z, y, classes)
-        dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}")
+        train_z, train_y = encode_dataset(model, images, dist)
+        metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes)
+        metrics["probe_images"] = len(train_z), len(z)  # evenly spaced in large sets
+        dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
 
     x, ratio = val[np.arange(min(8, len(val)))], (cfg.mask_min + cfg.mask_max) / 2
     mask = random_mask(len(x), cfg.tokens()[0], ratio, torch.Generator().manual_seed(cfg.seed))

@@ -184,9 +184,13 @@ def sampling(ceiling):
         log, n = SimpleNamespace(), pick(64, 2)
         data.Log.count_flops(log, sit, torch.zeros(1, *sit.shape), torch.zeros(1), torch.zeros(1).long())
         sit.to(DEVICE).eval().compile(fullgraph=True, dynamic=False)
-        decode = diffusion.latent_decoder(tokenizer.Tokenizer(tok).to(DEVICE).eval(), 0.0, 1.0, BF16)
+        net = tokenizer.Tokenizer(tok).to(DEVICE).eval()
         how = [diffusion.SamplerConfig("sde", steps, 1.5) for steps in pick((2, 6), (2, 4))]
-        make = partial(diffusion.generate, sit, decode, range(n), torch.arange(n), dist=BF16)
+
+        def make(cfg, sit=sit, net=net, n=n):
+            z = diffusion.generate(sit, range(n), torch.arange(n), cfg, BF16)
+            return tokenizer.decode_images(net, z, BF16).cpu()
+
         short, long = (seconds(partial(make, cfg=cfg), 1, 1) for cfg in how)
         step = (long - short) / (how[1].steps - how[0].steps)
         tflops = 2 / 3 * log.flops * n / step / 1e12  # two thirds: a forward pass is one, guidance takes two
