@@ -242,7 +242,7 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
     return to_uint8(F.avg_pool2d(image.clamp(0, 1), 2) * 2 - 1), label
 
 # ---- Folders of images
-# Links are followed; to folders in two levels. Hidden names and what systems leave (__MACOSX, @eaDir) are passed over.
+# Links are followed; to folders in two levels. Hidden names and what systems leave are passed over.
 # Files that are no images, and folders beside the splits, are left out and named.
 #   Splits: train or training; val, valid, validation, dev, eval, test or testing; in any case.
 #   A train/ beside other folders of images but no validation split is a class. Without a

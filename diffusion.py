@@ -5,12 +5,12 @@
 Time t runs from 0 (latents x, normalised) to 1 (Gaussian noise eps): x_t = alpha x + sigma eps.
 The network learns the velocity v = alpha' x + sigma' eps; on the linear path v = eps - x.
 """
-import hashlib  # noqa: I001
-import json
+import json  # noqa: I001
 import math
 import os
 import time
 from collections import namedtuple
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,7 +26,7 @@ from data import (
     save_grid, set_lr)
 from fid import ClassifierFD, LazyImages, frechet_distance, read_weights
 from tokenizer import (
-    Attention, Mlp, decode_images, encode_images, free, load_tokenizer, reconstruct, restore, take_over)
+    Attention, Mlp, decode_images, encode_images, fingerprint, free, load_tokenizer, reconstruct, restore, take_over)
 
 # ---- The network
 
@@ -91,7 +91,8 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class)."""
 
-    def __init__(self, length, channels, classes, width, depth, heads, style="sit", qk_norm=False):
+    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int,
+                 style: str = "sit", qk_norm: bool = False):
         super().__init__()  # parameters have the names of the released checkpoints
         self.shape, self.null_class, self.rope = (length, channels), classes, style == "lightning"
         self.size = width, heads
@@ -138,13 +139,13 @@ PATHS = {
     "linear": Interpolant(lambda t: (1 - t, t, 0 * t - 1, 0 * t + 1), lambda level: level / (1 + level)),
     "cosine": Interpolant(cosine_path, lambda level: 2 / math.pi * level.atan())}
 
-def sample_timesteps(n, distribution, path, generator) -> Tensor:
+def sample_timesteps(n: int, distribution: str, path: str, generator: torch.Generator) -> Tensor:
     """Training times: uniform, or with a lognormal noise level sigma / alpha."""
     draw = torch.rand if distribution == "uniform" else torch.randn
     x = draw(n, generator=generator, device=generator.device)
     return x if distribution == "uniform" else PATHS[path].time_of(x.exp())
 
-def velocity_loss(model, x, noise, t, y, path: str, cosine=0.0) -> Tensor:
+def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tensor:
     """Squared error of the velocity at x_t: B values. `cosine` weighs LightningDiT's second term."""
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in PATHS[path].coefficients(t))
     velocity = model(alpha * x + sigma * noise, t, y)  # B x L x H
@@ -156,7 +157,7 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine=0.0) -> Tensor:
 
 # ---- Sampling. The state is float64, so that hundreds of small steps add up without rounding
 
-def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None):
+def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0, guide=None):
     """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v.
 
     In autoguidance a worse model `guide`, given the class, replaces the null branch.
@@ -174,7 +175,7 @@ def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None):
 
     return velocity
 
-def sample_ode(velocity, noise, steps: int, heun=False) -> Tensor:
+def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False) -> Tensor:
     """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with an Euler step at the end."""
     x = noise.double()
     for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
@@ -185,7 +186,7 @@ def sample_ode(velocity, noise, steps: int, heun=False) -> Tensor:
         x = x + (t_next - t) * v  # t falls, so the step is against v
     return x
 
-def sample_sde(velocity, noise, steps: int, path: str, draw) -> Tensor:
+def sample_sde(velocity: Callable, noise: Tensor, steps: int, path: str, draw: Callable) -> Tensor:
     """Euler-Maruyama with g^2 = 2t: noisy steps from t = 1 to 0.04, then one without noise to 0."""
     x = noise.double()
     for t, t_next in pairwise([*np.linspace(1, 0.04, steps), 0.0]):
@@ -199,7 +200,7 @@ def sample_sde(velocity, noise, steps: int, path: str, draw) -> Tensor:
             x = x + math.sqrt(2 * t * -dt) * draw().double()  # noise of variance g^2 |dt|
     return x
 
-def image_noise(index, seed: int, shape, dist: Dist):
+def image_noise(index: Sequence[int], seed: int, shape: tuple, dist: Dist):
     """draw() -> noise of samples number `index`, B x L x H: a function of (seed, number)."""
     generators = [Dist().generator(seed, "sampling noise", int(i)) for i in index]  # of the CPU
     return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(dist.device)
@@ -227,8 +228,15 @@ class SamplerConfig:
         second = guided[:-1].sum() if self.sampler == "heun" else 0  # the last step has one slope
         return int(self.nfe() + guided.sum() + second)
 
+def draw_labels(rule: str, n: int, present: np.ndarray, dist: Dist, seed: int) -> np.ndarray:
+    """Classes of n images, balanced or random, of those present."""
+    if rule == "balanced":
+        return np.resize(present, n)
+    return present[dist.rng(seed, "labels").integers(0, len(present), n)]
+
 @torch.no_grad()
-def generate(model, index, y, cfg: SamplerConfig, dist: Dist, guide=None) -> Tensor:
+def generate(model: SiT, index: Sequence[int], y: Tensor, cfg: SamplerConfig, dist: Dist,
+             guide: SiT | None = None) -> Tensor:
     """Normalised latents B x L x H of samples number `index`, of classes y."""
     draw = image_noise(index, cfg.seed, model.shape, dist)  # also the noise of the SDE's steps
     velocity = guided_velocity(model, y.to(dist.device), cfg.guidance, cfg.low, cfg.high, guide)
@@ -245,14 +253,6 @@ def generate(model, index, y, cfg: SamplerConfig, dist: Dist, guide=None) -> Ten
 
 # ---- Latents of the whole data set, encoded once
 
-def fingerprint(weights: dict, parts=("encoder.", "to_latent.")) -> str:
-    """Hash of the weights of these parts; the default decides the latents."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        if name.startswith(parts):
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 @dataclass
 class LatentSet:
     """Latents of a data set, as Loader takes them."""
@@ -267,7 +267,7 @@ class LatentSet:
         x = torch.where(mirror[:, None, None], rows[:, 1], rows[:, 0])
         return (x.float() - self.mean) / self.std
 
-def encode_dataset(tokenizer, images: ImageSet, folder: Path, dist: Dist) -> LatentSet:
+def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: Dist) -> LatentSet:
     """Latents of all images, in shards below `folder`."""
     def encode(start, stop):
         x = images[np.arange(start, stop)]
@@ -342,7 +342,7 @@ class Config:
         if self.cosine_loss and not self.clip:
             raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
-    def build_sit(self, shape, classes: int) -> SiT:
+    def build_sit(self, shape: tuple, classes: int) -> SiT:
         return SiT(*shape, classes, self.width, self.depth, self.heads, self.style, self.qk_norm)
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -360,7 +360,8 @@ for name, size in SIZES.items():
     shape = dict(zip(("width", "depth", "heads"), size))
     PRESETS |= {f"sit-{name}": SIT | shape, f"sit-{name}-40ep": EP40 | shape, f"lightning-{name}": LIGHTNING | shape}
 
-def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init=None) -> SiT:
+def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Callable,
+          init: SiT | None = None) -> SiT:
     """Returns the averaged model. `meta` goes into checkpoints; `init`: a model to start from."""
     torch.manual_seed(cfg.seed)
     model = cfg.build_sit(meta["shape"], len(meta["classes"])).to(dist.device)
@@ -430,7 +431,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
 
 # ---- Loading, and the run with its evaluation
 
-def load_diffusion(path: str | Path, device, tokenizer=None) -> tuple:
+def load_diffusion(path: str | Path, device: torch.device, tokenizer: str | None = None) -> tuple:
     """The averaged model of a checkpoint or of a released SiT, its settings, and what else is stored."""
     file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
     if file.suffix == ".safetensors":
@@ -444,7 +445,7 @@ def load_diffusion(path: str | Path, device, tokenizer=None) -> tuple:
             raise ValueError("the statistics of its latents are damaged")
     return model.to(device).eval().requires_grad_(False), cfg, state
 
-def from_official(weights: dict, heads=0) -> SiT:
+def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
     """The state dict of a released SiT. heads 0: those of its size."""
     rows, width = weights["y_embedder.embedding_table.weight"].shape
     shape = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape[1]
@@ -455,7 +456,7 @@ def from_official(weights: dict, heads=0) -> SiT:
     model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
-def load_official(file: Path, device, tokenizer) -> tuple:
+def load_official(file: Path, device, tokenizer: str | None) -> tuple:
     """`tokenizer`: the converted one; None: only the model is needed."""
     if tokenizer == "":
         die("a released SiT needs --tokenizer")
@@ -485,7 +486,7 @@ def main(cfg: Config, dist: Dist) -> None:
     made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}
     out = Path(cfg.out)
     ours, begun = (out / "settings.json").exists(), (out / "ckpt.pt").exists()
-    init = load_diffusion(cfg.init, "cpu")[0] if cfg.init and not begun else None
+    init = load_diffusion(cfg.init, dist.device)[0] if cfg.init and not begun else None
     if init and init.size != (cfg.width, cfg.heads):
         die(f"--init {cfg.init} needs --width {init.size[0]} --heads {init.size[1]}")
     dist.make_out_dir(cfg.out, cfg, made_of)
@@ -524,8 +525,7 @@ def main(cfg: Config, dist: Dist) -> None:
         # Decoded noise and reconstructions are bounds
         n, val = cfg.samples, ImageSet(data, tok.size, "val")
         judge = ClassifierFD(images, val, dist, cfg.out)
-        pick = dist.rng(cfg.seed, "labels").integers(0, len(present), n)
-        y = present[pick if cfg.labels == "random" else np.arange(n) % len(present)]
+        y = torch.from_numpy(draw_labels(cfg.labels, n, present.numpy(), dist, cfg.seed))
         samples = LazyImages(n, lambda i: make(model, y, i))
         noise = LazyImages(n, lambda i: decode(image_noise(i, cfg.seed, model.shape, dist)()))
         recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))

@@ -420,7 +420,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return ssim_under(torch.outer(w, w) / w.sum() ** 2, a.double() / 255, b.double() / 255)
 
 def ssim_7x7_range2(a: Tensor, b: Tensor) -> Tensor:
-    """The paper's: flat 7 x 7 window, sample covariance, on [-1, 1]. It gives more."""
+    """The paper's: flat 7 x 7 window, sample covariance, on [-1, 1]."""
     w = torch.full((7, 7), 1 / 49, device=a.device).double()
     return ssim_under(w, a.double() / 127.5 - 1, b.double() / 127.5 - 1, 2, 49 / 48)
 
@@ -582,7 +582,7 @@ def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 8
     return net.eval().requires_grad_(False)
 
 def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> Classifier:
-    """The frozen classifier of a data set, trained once. It is kept in the cache, or in `out` if the cache is read-only."""
+    """The frozen classifier of a data set, trained once, kept in the cache, or in `out` if that is read-only."""
     # Seed 0 scores images, seed 1 teaches the tokenizer: no network scores what it has taught.
     if len(images.classes) < 2:
         die("a classifier needs two classes or more")

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import Dist, die, keep_outside, launch, make_shards, option, save_grid, writing
-from diffusion import SamplerConfig, fingerprint, generate, load_diffusion
-from tokenizer import decode_images, load_tokenizer
+from data import Dist, Shards, die, keep_outside, launch, make_shards, option, save_grid, writing
+from diffusion import SamplerConfig, draw_labels, generate, load_diffusion
+from tokenizer import decode_images, fingerprint, load_tokenizer
 
 @dataclass(frozen=True)
 class Config:
@@ -51,13 +51,10 @@ PRESETS = {
     "lightning256": PAPER | {"sampler": "euler", "guidance": 1.8},
     "lightning512": PAPER | {"sampler": "euler", "guidance": 1.6, "guidance_high": 0.65}}
 
-def choose_labels(rule, n, classes, dist: Dist, seed, present=()):
+def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int, present=()) -> np.ndarray:
     """The class of each of n images. `present`: classes with training images."""
-    present = np.array(present or range(len(classes)))
-    if rule == "balanced":
-        return np.resize(present, n)
-    if rule == "random":
-        return present[dist.rng(seed, "labels").integers(0, len(present), n)]
+    if rule in ("balanced", "random"):
+        return draw_labels(rule, n, np.array(present or range(len(classes))), dist, seed)
     numbers = {name: i for i, name in enumerate(classes)}
     if not any(name.isdigit() for name in classes):  # else a missing name would be a number
         numbers |= {str(i): i for i in range(len(classes))}
@@ -67,7 +64,7 @@ def choose_labels(rule, n, classes, dist: Dist, seed, present=()):
             die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
     return np.resize([numbers[word] for word in words], n)
 
-def save_npz(path: Path, images, **arrays):
+def save_npz(path: Path, images: Shards, **arrays) -> None:
     """An npz as numpy writes it. arr_0 goes shard by shard."""
     with writing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -79,7 +76,7 @@ def save_npz(path: Path, images, **arrays):
             with archive.open(f"{name}.npy", "w") as member:
                 np.save(member, np.array(array))
 
-def load_models(cfg: Config, dist: Dist):
+def load_models(cfg: Config, dist: Dist) -> tuple:
     """(model, settings, what else is stored, tokenizer, guide)"""
     model, trained, meta = load_diffusion(cfg.model, dist.device, cfg.tokenizer)
     # The run may have been moved: look as seen from its model, then where it lay
