@@ -853,8 +853,8 @@ def test_diffusion_and_its_samplers_keep_to_their_device(meta, monkeypatch, fiel
 def test_the_metrics_keep_to_their_device(made_weights, meta, monkeypatch):
     """Features of Inception and of the classifier with their moments, its training, and the scores of pairs."""
     monkeypatch.setattr(fid.Moments, "finish", lambda self, dist: (self.sums[0], self.sums))
-    indexing = torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default  # they take indices of the CPU yet
-    monkeypatch.setattr(OneDevice, "crossing", OneDevice.crossing + indexing)
+    indexing = torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default
+    monkeypatch.setattr(OneDevice, "crossing", OneDevice.crossing + indexing)  # indices of the CPU, as yet
     images = fid.LazyImages(5, lambda index: torch.zeros(len(index), 3, 32, 32, dtype=torch.uint8))
     net = fid.load_inception(str(made_weights), meta)
     assert fid.inception_statistics(net, images, meta, 2, 2)["features"].shape == (3, 2048)
@@ -2067,7 +2067,7 @@ EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HER
                       --model '{"size":32,"width":24,"heads":2,"depth":1}'"""],
     "bench": ["log CHAIN/tokenizer/log.jsonl --size 128 --out o", "cost --out o",
               "data --images 12 --batch 4 --rounds 2 --out o", "fid --weights WEIGHTS --batch 1 --rounds 1 --out o"],
-    "gpu": ["all --tiny --out o", "sampling --tiny --out o"],
+    "gpu": ["all --tiny --out o"],
     "samplers": ["""--model CHAIN/diffusion/ckpt.pt --num-samples 20 --samplers euler heun --steps 2 --guidance 1.0
                  --out o"""],
     "compare": [f"'tiny={TOKENIZER} --save-every=1' --processes 1 2 --out o"]}
@@ -2080,9 +2080,8 @@ def test_experiments_run(path, chain, made_weights):
         line = line.replace("CHAIN", str(chain)).replace("WEIGHTS", str(made_weights)).replace("HERE", str(HERE))
         done = subprocess.run([sys.executable, path, *shlex.split(line)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    for made in Path().glob("o/gpu_*.json"):
-        assert content_of(made)["whole"] and content_of(made)["rows"], made
-    assert len(list(Path().glob("o/gpu_*.json"))) == 8 * (path.stem == "gpu")
+    lines = [content_of(made) for made in Path().glob("o/gpu_*.json")]
+    assert len(lines) == 8 * (path.stem == "gpu") and all(line["whole"] and line["rows"] for line in lines)
     for made in Path().glob("finding*/table.md"):  # the tables in results/ are those that their runs make
         assert made.read_text() == (HERE / "results" / made).read_text()
 
