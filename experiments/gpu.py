@@ -168,7 +168,7 @@ def profile(ceiling):
         kind, events = ("device" if CUDA else "cpu"), trace.key_averages()
         wait = "cudaStreamSynchronize" if CUDA else "aten::_local_scalar_dense"
         spent = {e.key: getattr(e, f"self_{kind}_time_total") / 1e3 for e in events
-                 if e.device_type.name == ("CUDA" if CUDA else "CPU") and not e.is_user_annotation}
+                 if e.device_type.name == ("CUDA" if CUDA else "CPU") and not getattr(e, "is_user_annotation", False)}
         part = {f"{name}_ms": sum(getattr(e, f"{kind}_time_total") for e in events if e.key.startswith(key)) / 1e3
                 for name, key in {"backward": "autograd::engine", "optimizer": "Optimizer.step"}.items()}
         top = {key: round(spent[key], 2) for key in sorted(spent, key=spent.get)[:-9:-1]}
