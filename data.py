@@ -705,12 +705,14 @@ class Dist:
         return model
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
-        """Slices of `micro` rows (0: all). Gradients are exchanged in the last."""
-        count = math.ceil(batch / (micro or batch))
-        for i in range(count):
-            wait = i < count - 1 and self.world_size > 1
+        """Slices of at most `micro` rows (0: all). Gradients are exchanged in the last."""
+        size = min(micro or batch, batch)
+        while batch % size:  # equal ones: torch.compile makes a graph for each size
+            size -= 1
+        for start in range(0, batch, size):
+            wait = start + size < batch and self.world_size > 1
             with model.no_sync() if wait else nullcontext():
-                yield slice(batch * i // count, batch * (i + 1) // count)
+                yield slice(start, start + size)
 
     def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None) -> Path:
         """The folder of a run. Settings other than in its settings.json end the run."""

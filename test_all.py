@@ -889,6 +889,14 @@ def test_random_crops_are_pillows_and_shared_out():
         picture = np.array(Image.fromarray(x[i, 1].numpy()).resize((side, side), Image.BICUBIC))
         near(crop(0, 300)[i, 1], torch.from_numpy(picture[top:top + 32, left:left + 32]).clamp(-1, 1), 1e-5)
 
+def test_micro_batches_are_of_one_size():
+    net = torch.nn.Linear(1, 1)
+    for batch, micro in itertools.product(range(1, 40), range(41)):
+        parts = list(ONE.micro_batches(net, batch, micro))
+        assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
+        sizes = {part.stop - part.start for part in parts}
+        assert len(sizes) == 1 and sizes.pop() <= (micro or batch)
+
 def test_masks_are_drawn_as_the_paper_says():
     mask = tokenizer.random_mask(64, 16, 0.45, torch.Generator().manual_seed(0))
     assert (mask.sum(1) == math.ceil(16 * 0.45)).all() and mask.float().mean(0).std() < 0.15  # each place is as likely
