@@ -701,7 +701,8 @@ class Dist:
         if compiled:
             model = torch.compile(model, fullgraph=True)
         if self.world_size > 1:
-            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            model = nn.parallel.DistributedDataParallel(
+                model, gradient_as_bucket_view=True, bucket_cap_mb=250)  # each bucket is a graph of its own
         return model
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
