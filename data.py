@@ -759,7 +759,8 @@ def start(precision: str) -> Dist:
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        # fp32 means fp32, also where a container has switched it
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # fp16 would need a scaler
     elif sys.platform == "linux":
         bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
