@@ -649,6 +649,7 @@ class Dist:
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     precision: str = "fp32"
+    idle: object = None  # the group of barriers: NCCL's would keep a core and the GPU busy
     print = staticmethod(say)
 
     @property
@@ -686,7 +687,7 @@ class Dist:
 
     def barrier(self):
         if self.world_size > 1:
-            distributed.barrier()
+            distributed.barrier(self.idle)
 
     def rank0_first(self, make: Callable) -> object:
         """make() on rank 0, then on the others, which find what it left."""
@@ -755,7 +756,7 @@ def commit() -> str:
 def start(precision: str) -> Dist:
     """Join the processes of torchrun; choose device and precision."""
     rank, n, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device, backend, bf16 = torch.device("cpu"), "gloo", False
+    device, backend, bf16, idle = torch.device("cpu"), "gloo", False, None
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
@@ -772,12 +773,13 @@ def start(precision: str) -> Dist:
         store, _, _ = next(distributed.rendezvous("env://", rank, n, timeout=wait))
         # torchrun --max-restarts keeps its store, with what an earlier attempt left there
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        distributed.init_process_group(backend, timeout=wait, world_size=n, rank=rank, store=store,
+        distributed.init_process_group(backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
                                        device_id=device if backend == "nccl" else None)
+        idle = distributed.new_group(timeout=wait, backend="gloo")
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
     say(f"{n or 1} process(es) on {device.type}, {precision}, torch {torch.__version__}, {commit()}")
-    return Dist(rank, n or 1, device, precision)
+    return Dist(rank, n or 1, device, precision, idle)
 
 def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | None = None):
     """Run main(cfg, dist). What the user or the machine did wrong is one line."""
