@@ -35,7 +35,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests are for the CPU,
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("MAETOK_TEST_GPU", "")  # before torch: the tests are for the CPU,
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and threads of several processes hinder each other
 import torch
 import torch._dynamo.testing
