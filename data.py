@@ -877,7 +877,8 @@ class Ema:
 def load_checkpoint(path: str | Path, kind: str) -> dict:
     """What the script `kind` saved, on the CPU. Runs no code from it."""
     with reading(path, f"a checkpoint of {kind}.py"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped: processes share the pages, and what is loaded once may leave memory
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
         if state["kind"] != kind:
             raise ValueError(f"it is one of {state['kind']}.py")
     return state
