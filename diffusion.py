@@ -333,7 +333,7 @@ class Config:
     save_every: int = free(500, "steps between checkpoints", least=1)
     keep_every: int = free(0, "steps between step-N.pt, which are kept; 0: none")
     seed: int = option(0, "seed of all random numbers")
-    compile: bool = free(torch.cuda.is_available(), "use torch.compile; a CPU needs a C++ compiler")
+    compile: bool = free(False, "use torch.compile; a CPU needs a C++ compiler")
     precision: str = free("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
@@ -348,7 +348,7 @@ class Config:
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 SIT = {
     "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "schedule": "constant",
-    "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
+    "compile": torch.cuda.is_available(), "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
     "samples": 50_000, "labels": "random", "save_every": 2000, "preview_every": 10_000,
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
 LIGHTNING = SIT | {

@@ -437,7 +437,7 @@ class Config(ModelConfig):
     log_every: int = 200
     save_every: int = free(400, "steps between checkpoints", least=1)
     seed: int = option(0, "of all random numbers")
-    compile: bool = free(torch.cuda.is_available(), "torch.compile")
+    compile: bool = free(False, "torch.compile; presets of one GPU and more set it there")
     precision: str = free("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
@@ -473,14 +473,16 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [our
     "micro_batch": 64,  # [ours] 33 GiB of activations, 530 MiB an image with LPIPS and discriminator
     "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,  # [code]
-    "log_every": 100, "save_every": 500, "rfid": True}  # [ours]
+    "log_every": 100, "save_every": 500, "rfid": True,  # [ours]
+    "compile": torch.cuda.is_available()}
 RELEASED = PAPER | {  # all [code]: its yaml, where that is not the paper
     "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
     "lr": 2e-4,  # 1e-4 * batch / 256
     "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs
 ONE_GPU = {  # [ours], not run
     "batch_size": 256, "stage2_steps": 10_000, "warmup": 500, "lr": 1e-3, "muon_lr": 1e-2,
-    "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000}
+    "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000,
+    "compile": torch.cuda.is_available()}
 AE = {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"}
 # In all: mask ratios truncated normal, learning rate down to a tenth [code]; stage 2 warms up again [ours]
 PRESETS = {
