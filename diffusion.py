@@ -348,8 +348,9 @@ class Config:
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 SIT = {
     "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "schedule": "constant",
-    "compile": torch.cuda.is_available(), "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
-    "samples": 50_000, "labels": "random", "save_every": 2000, "preview_every": 10_000,
+    "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
+    "samples": 0, "labels": "random", "save_every": 2000, "preview_every": 10_000,
+    "compile": torch.cuda.is_available(),
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
 LIGHTNING = SIT | {
     "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,

@@ -686,7 +686,8 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     metrics = {"images": len(val), "precision": dist.precision, "seed": cfg.seed,
                "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
-    judge = ClassifierFD(images, val, dist, cfg.out) if classes > 1 else None
+    # Its small network says little about a thousand classes, and would read all images
+    judge = ClassifierFD(images, val, dist, cfg.out) if 1 < classes < 1000 else None
     inception = cfg.weights if cfg.rfid else None
     for name, model in stages.items():
         make = partial(reconstruct, model, dist=dist)
