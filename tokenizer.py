@@ -351,10 +351,17 @@ Target = namedtuple("Target", "width features loss")
 def hog_target(cfg: ModelConfig, *_) -> Target:
     return Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse)  # 4 cells a patch
 
+def compiled(net: nn.Module, cfg: "Config") -> nn.Module:
+    """A frozen network, compiled if the run is: two thirds of a step's kernels are theirs."""
+    if cfg.compile:
+        net.compile(fullgraph=True, dynamic=False)
+    return net
+
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network."""
     net = (cached_classifier(images, dist, cfg.out, seed=1)  # seed 0 scores samples
            if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
+    compiled(net, cfg)
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
@@ -737,7 +744,7 @@ def main(cfg: Config, dist: Dist) -> None:
         cfg = replace(cfg, init=digest)
 
     # A folder is made only after the networks of the loss are there
-    lpips = load_lpips(cfg.weights, dist) if cfg.lpips else None
+    lpips = compiled(load_lpips(cfg.weights, dist), cfg) if cfg.lpips else None
     adversary = Adversary(cfg, dist) if cfg.adversary == "dino" else None
     names = cfg.target_names() if stage == 1 and not cfg.stage2_only else []
     targets = {name: TARGETS[name](cfg, dist, images) for name in names}
@@ -879,6 +886,8 @@ class Adversary(nn.Module):
         if net is None:
             trunk = load_vit("dino_deitsmall16_pretrain", cfg.weights, dist, "--adversary none")
             net = DinoDiscriminator(trunk, cfg.adv_norm)
+            if cfg.compile:
+                net.features = torch.compile(net.features, fullgraph=True, dynamic=False)
         if dist.world_size > 1 and dist.device.type == "cuda" and cfg.adv_norm == "batch":
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # CPU processes have their own statistics
         self.net = net.to(dist.device).train()
