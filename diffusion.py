@@ -485,6 +485,8 @@ def main(cfg: Config, dist: Dist) -> None:
     data = str(Path(data).absolute()) if Path(data).exists() else data
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
+    for part in (tokenizer.encoder, tokenizer.decoder) if cfg.compile else ():
+        part.compile(fullgraph=True, dynamic=False)
     made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}
     out = Path(cfg.out)
     ours, begun = (out / "settings.json").exists(), (out / "ckpt.pt").exists()
@@ -523,6 +525,8 @@ def main(cfg: Config, dist: Dist) -> None:
         save_grid(out / "samples.png", grid, len(shown), titles)
 
     model, rows = train(cfg, dist, latents, meta, preview, init), {}
+    if cfg.compile:
+        model.compile(fullgraph=True, dynamic=False)
     if cfg.samples and classes > 1:
         # Decoded noise and reconstructions are bounds
         n, val = cfg.samples, ImageSet(data, tok.size, "val")
