@@ -448,7 +448,8 @@ def pack_shapes(size: int, out: Path):
 
     def render(start, stop):
         chunks = torch.from_numpy(index[start:stop]).split(max(1, 2**18 // size**2))
-        images = torch.cat([render_shapes(chunk.numpy(), size)[0] for chunk in chunks])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = torch.cat([*pool.map(lambda chunk: render_shapes(chunk.numpy(), size)[0], chunks)])
         return images.permute(0, 2, 3, 1).numpy()
 
     made_of = ["shapes", 1, size]  # raise 1 when the pictures change
