@@ -8,6 +8,7 @@ Sample i depends only on weights, settings and (seed, i), not on batch size or p
 import json  # noqa: I001
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def main(cfg: Config, dist: Dist) -> None:
         save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
         if cfg.png:
             (out / "png").mkdir()
-            for i in range(n):
-                Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png"), range(n)))
         first = torch.from_numpy(images[np.arange(min(n, 80))]).permute(0, 3, 1, 2)
         save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
         shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
