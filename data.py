@@ -798,7 +798,10 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
         die(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved is kept")
     except (MemoryError, RuntimeError) as error:
         if "MemoryError" in repr(error) or "allocate memory" in str(error):
-            die("out of memory: try a smaller --batch-size or --micro-batch")
+            rows = cfg.batch_size // int(os.environ.get("WORLD_SIZE", "1"))  # of this process
+            rows = min(getattr(cfg, "micro_batch", 0) or rows, rows)
+            flag = "--micro-batch" if hasattr(cfg, "micro_batch") else "--batch-size"
+            die(f"out of memory with {rows} at once: try {flag} {max(1, rows // 2)}")
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
             die("another process ended; its message says why")
         raise

@@ -1671,6 +1671,16 @@ def test_a_finished_run_goes_on_at_a_constant_rate(made):
             more("--steps 6 --out whole")
     assert_same("whole", "constant", "ckpt.pt", "log.jsonl")
 
+@pytest.mark.parametrize("line, message", [
+    ("tokenizer --batch-size 16", "with 16 at once: try --micro-batch 8"), ("sample --batch-size 9", "try --batch-size 4"),
+    ("diffusion --batch-size 16 --micro-batch 6", "with 6 at once: try --micro-batch 3")])
+def test_a_batch_that_does_not_fit_is_one_line_with_advice(monkeypatch, line, message):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sys.modules[line.split()[0]], "main", full)
+    refused(call, line, message=message)
+
 def test_one_image_and_three_processes(cache):
     make_folder("x", 1, ("",))
     script("tokenizer --data x --steps 2 --stage2-steps 1")
