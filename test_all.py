@@ -889,6 +889,22 @@ def test_random_crops_are_pillows_and_shared_out():
         picture = np.array(Image.fromarray(x[i, 1].numpy()).resize((side, side), Image.BICUBIC))
         near(crop(0, 300)[i, 1], torch.from_numpy(picture[top:top + 32, left:left + 32]).clamp(-1, 1), 1e-5)
 
+def test_layers_add_up_in_fp32_under_bf16():
+    """What enters a layer is fp32, as are velocity, reconstruction and the features of HOG."""
+    seen, x = [], torch.randn(2, 3, 16, 16)
+    nets = [(diffusion.SiT(4, 6, 3, 24, 1, 2, style), torch.randn(2, 4, 6), torch.rand(2), torch.arange(2)) for style in diffusion.STYLES]
+    for fields in ({}, {"latents": 0}, {"positions": "table"}, {"decoder": "modulated"}):
+        cfg = tokenizer.ModelConfig(**{"size": 16, "patch": 8, "width": 24, "heads": 2} | fields)
+        nets.append((tokenizer.Tokenizer(cfg, {"hog": 108}), x))
+    for net, *inputs in nets:
+        for m in net.modules():
+            if isinstance(m, (tokenizer.Block, diffusion.SiTBlock)):
+                m.register_forward_pre_hook(lambda m, args: seen.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(*inputs)
+        seen.append((out["recon"] if isinstance(out, dict) else out).dtype)
+    assert len(seen) > 20 and set(seen) == {torch.float32}
+
 def test_micro_batches_are_of_one_size():
     net = torch.nn.Linear(1, 1)
     for batch, micro in itertools.product(range(1, 40), range(41)):

@@ -176,7 +176,7 @@ class Layers(nn.Module):
             x = x + self.pos_embed
         if hasattr(self, "rope_freqs"):
             ropes = zip(*rope_tables(self.rope_freqs, self.heads, self.grid, first, self.latents))
-        x = torch.cat([x, *latents], 1)  # B x T x D
+        x = torch.cat([x, *latents], 1).float()  # B x T x D: layers add up in fp32
         for block, rope in zip(self.blocks, ropes):
             x = block(x, rope, z)
         x = self.norm(x)
