@@ -724,7 +724,7 @@ class Dist:
             out.mkdir(parents=True, exist_ok=True)
             remove_parts(out)
         if self.is_main and cfg:
-            now = asdict(cfg) | made_of
+            now = asdict(cfg) | (made_of or {})
             free = {f.name for f in fields(cfg) if f.metadata.get("free")}
             if getattr(cfg, "schedule", "") == "constant" and not hasattr(cfg, "stage2_steps"):
                 free.add("steps")  # a longer run takes the same steps first

@@ -348,9 +348,6 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # features(images) -> B x N x width: what an auxiliary decoder predicts
 Target = namedtuple("Target", "width features loss")
 
-def hog_target(cfg: ModelConfig, *_) -> Target:
-    return Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse)  # 4 cells a patch
-
 def compiled(net: nn.Module, cfg: "Config") -> nn.Module:
     """A frozen network, compiled if the run is: two thirds of a step's kernels are theirs."""
     if cfg.compile:
@@ -366,10 +363,10 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
 
-# To add a target: a function (cfg, dist, images) as above, and its line here
+# To add a target: its line here, a function of (cfg, dist, images)
 TARGETS = {
     "pixel": lambda cfg, *_: Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse),
-    "hog": hog_target,
+    "hog": lambda cfg, *_: Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse),  # 4 cells a patch
     "dinov2": lambda cfg, *rest: teacher_target(cfg, *rest, f"dinov2_{cfg.dinov2}_pretrain"),
     "siglip": lambda cfg, *rest: teacher_target(cfg, *rest, f"siglip-{cfg.siglip}"),
     "classifier": partial(teacher_target, name="classifier")}
@@ -404,6 +401,7 @@ def adaptive_weight(grad_nll, grad_adv, hidden, patch: int, dist: Dist) -> Tenso
 class Config(ModelConfig):
     """The architecture and a run. Defaults = preset `quick`."""
     data: str = free("shapes", "shapes, cifar10, imagenette, or a folder")
+    images: str = ""  # the fingerprint of its training images
     out: str = free("out/tokenizer", "folder of the run")
     augment: str = option("none", "crop: random size and place", ("none", "crop"))
     mask_min: float = option(0.4, "lowest mask ratio of stage 1")
@@ -631,9 +629,8 @@ def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[
         names[kind if w.shape == p.shape else "new"].append(name)
     for kind, found in names.items():
         dist.print(f"--init: {len(found)} {kind}:", ", ".join(found[:8] + ["..."] * (len(found) > 8)))
-    with reading("--init", "a checkpoint of a like model"):
-        if all(own[name].ndim < 2 for name in names["taken over"]):
-            raise ValueError("no matrix fits")
+    if all(own[name].ndim < 2 for name in names["taken over"]):
+        raise SystemExit("--init: no matrix fits; give the sizes of that model")
     return names["new"]
 
 def fingerprint(weights: dict[str, Tensor], parts=("encoder.", "to_latent.")) -> str:
@@ -730,6 +727,7 @@ def main(cfg: Config, dist: Dist) -> None:
     if cfg.augment == "crop":  # from larger images
         source = dist.rank0_first(lambda: ImageSet(cfg.data, math.ceil(1.25 * cfg.size), "train"))
     val = ImageSet(cfg.data, cfg.size, "val")
+    cfg = replace(cfg, images=images.fingerprint)
     dist.print(f"{cfg.data}: {images.describe()}; validation {len(val):,}")
 
     out, state, stage = Path(cfg.out), None, 1
@@ -738,9 +736,8 @@ def main(cfg: Config, dist: Dist) -> None:
         stage, step = state.get("stage", 1), state.get("step")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
-    weights, before = {}, state["config"].get("init") if state else ""
-    if cfg.init:  # known by its hash: a run goes on without the file, or when it lies elsewhere
-        weights, digest = ({}, before) if before and not Path(cfg.init).exists() else read_init(cfg.init)
+    if cfg.init:  # known by its hash, wherever it lies
+        weights, digest = read_init(cfg.init)
         cfg = replace(cfg, init=digest)
 
     # A folder is made only after the networks of the loss are there
@@ -751,12 +748,11 @@ def main(cfg: Config, dist: Dist) -> None:
     if stage == 1:
         torch.manual_seed(cfg.seed)
         model = Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(dist.device)
-        new = take_over(model, weights, dist) if weights and not state else []
-        with reading("--init", "all that --stage2-only needs"):
-            if cfg.stage2_only and new:
-                raise ValueError(f"{new[0]} does not fit")
+        new = take_over(model, weights, dist) if cfg.init and not state else []
+        if cfg.stage2_only and new:
+            raise SystemExit(f"--stage2-only: {new[0]} does not fit")
 
-    dist.make_out_dir(cfg.out, cfg, {"images": images.fingerprint})
+    dist.make_out_dir(cfg.out, cfg)
     stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)  # of an earlier run
     for name in stale if dist.is_main else ():
         (out / name).unlink(missing_ok=True)
@@ -766,7 +762,7 @@ def main(cfg: Config, dist: Dist) -> None:
             model = train(cfg, dist, 1, model, source, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
-        state = targets = model = weights = None  # frees the memory of the teachers
+        state = targets = model = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
