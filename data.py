@@ -698,14 +698,20 @@ class Dist:
             self.barrier()
         return result
 
-    def wrap(self, model: nn.Module, compiled: bool = False) -> nn.Module:
+    def compiled(self, net: nn.Module, on: bool) -> nn.Module:
+        """The same network; if `on`, a graph for each size of its batches."""
+        if on:
+            # Of all networks of a class. torch ends a run that needs more than 8
+            torch._dynamo.config.recompile_limit = 64
+            net.compile(fullgraph=True, dynamic=False)
+        return net
+
+    def wrap(self, model: nn.Module) -> nn.Module:
         """The model as training calls it: processes average their gradients."""
-        if compiled:
-            model = torch.compile(model, fullgraph=True)
-        if self.world_size > 1:
-            model = nn.parallel.DistributedDataParallel(
-                model, gradient_as_bucket_view=True, bucket_cap_mb=250)  # each bucket is a graph of its own
-        return model
+        if self.world_size == 1:
+            return model
+        # If compiled, each bucket is a graph of its own: few, large ones
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
         """Slices of at most `micro` rows (0: all). Gradients are exchanged in the last."""

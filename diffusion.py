@@ -376,7 +376,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         start = restore(state, model, ema, optimizers)
         dist.print(f"continuing {out / 'ckpt.pt'} at step {start}, saved by {state['commit']}")
 
-    net = dist.wrap(model, cfg.compile)  # DDP: averages gradients over processes
+    net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
     n, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
     loader = Loader(latents, n, cfg.seed, dist)
     log = Log(cfg, dist, "diffusion", start, cfg.steps, loader)
@@ -485,8 +485,8 @@ def main(cfg: Config, dist: Dist) -> None:
     data = str(Path(data).absolute()) if Path(data).exists() else data
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
-    for part in (tokenizer.encoder, tokenizer.decoder) if cfg.compile else ():
-        part.compile(fullgraph=True, dynamic=False)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        dist.compiled(part, cfg.compile)
     made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}
     out = Path(cfg.out)
     ours, begun = (out / "settings.json").exists(), (out / "ckpt.pt").exists()
@@ -525,8 +525,7 @@ def main(cfg: Config, dist: Dist) -> None:
         save_grid(out / "samples.png", grid, len(shown), titles)
 
     model, rows = train(cfg, dist, latents, meta, preview, init), {}
-    if cfg.compile:
-        model.compile(fullgraph=True, dynamic=False)
+    dist.compiled(model, cfg.compile)
     if cfg.samples and classes > 1:
         # Decoded noise and reconstructions are bounds
         n, val = cfg.samples, ImageSet(data, tok.size, "val")

@@ -98,8 +98,8 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
                 die(f"--guide {cfg.guide} was trained with other {name} than {cfg.model}")
     elif cfg.guidance > 1 and not trained.label_dropout:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
-    for net in filter(None, (model, guide)) if cfg.compile else ():
-        net.compile(fullgraph=True, dynamic=False)
+    for net in filter(None, (model, guide)):
+        dist.compiled(net, cfg.compile)
     return model, trained, meta, tokenizer, guide
 
 def main(cfg: Config, dist: Dist) -> None:

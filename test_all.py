@@ -541,6 +541,11 @@ sys.path.insert(0, {str(HERE)!r})
 _, name, fields, *flags = sys.argv
 import data
 module = importlib.import_module(name)
+if "--compile" in flags:  # into graphs that are counted; generating code for them would take minutes
+    import atexit, functools, torch._dynamo.testing
+    counter = torch._dynamo.testing.CompileCounter()
+    torch.compile = functools.partial(torch.compile, backend=counter)
+    atexit.register(lambda: print("graphs:", counter.frame_count, flush=True))
 sys.argv = [name + ".py", "--preset", "tiny", *flags]
 data.launch(module.main, module.Config, module.PRESETS | {{"tiny": json.loads(fields)}}, module.__doc__)
 """
@@ -1516,14 +1521,17 @@ def test_nothing_stale_lies_beside_a_new_run(cache, monkeypatch):
         assert not stale & set(os.listdir())
         Path("ckpt.pt").unlink(missing_ok=True)
 
-def test_two_processes_train_as_one(made):
-    """In fp32 with AdamW: bf16, in which Muon always works, rounds the two halves of a gradient differently."""
+def test_processes_train_as_one(made):
+    """Also in pieces of 7 rows, which are made to 6 and 4, and compiled: a graph for each stage or network. In fp32 with
+    AdamW: bf16, in which Muon always works, rounds the parts of a gradient differently.
+    """
     for name, more, count in (("tokenizer", "--stage2-steps 20 --augment crop", 60), ("diffusion", "--samples 0", 20)):
-        run = partial(script, name, "--steps 20", more, made[name], FP32, "--out")
+        run = partial(script, name, "--steps 20 --batch-size 24", more, made[name], FP32, "--out")
         run(f"{name}-one")
-        run(f"{name}-two", processes=2)
-        run(f"{name}-micro --micro-batch 5")
-        for other in ("two", "micro"):
+        run(f"{name}-two --micro-batch 7", processes=2)
+        done = run(f"{name}-three --micro-batch 7 --compile", processes=3)
+        assert "unused" not in done.stderr and sorted(re.findall(r"graphs:\s*(\d)", done.stdout))[-1] in "23", done
+        for other in ("two", "three"):
             assert_losses_agree(f"{name}-one", f"{name}-{other}", count)
     assert_same("diffusion-one", "diffusion-two", "latents")
     odd = run("odd --batch-size 15", processes=2, check=False)
@@ -2041,15 +2049,20 @@ def test_sigkill_at_random_moments(made, name):
 
 README = (HERE / "README.md").read_text()
 
-def test_a_compiled_model_is_one_graph(made, monkeypatch):
-    compile_ = torch.compile
-    for name, short in SHORT.items():
+def test_a_compiled_model_is_one_graph(made, made_weights, monkeypatch):
+    """Frozen networks, too; the discriminator's has one for each side of its loss."""
+    compile_, full = torch.compile, {"adversary": "dino", "lpips": 1.0, "targets": "dinov2,siglip", "weights": str(made_weights)}
+    for name, short, fields, graphs in (("tokenizer", SHORT["tokenizer"], {}, 1), ("diffusion", SHORT["diffusion"], {}, 3),
+                                        ("tokenizer", "--stage2-steps 0", full, 1 + 1 + 2 + 2)):
         counter = torch._dynamo.testing.CompileCounter()
         monkeypatch.setattr(torch, "compile", partial(compile_, backend=counter))
         monkeypatch.setattr(sys.modules[name], "evaluate", lambda *args: {}, raising=False)
         torch._dynamo.reset()
-        call(name, short, made[name], "--compile --steps 5 --out", name, fields={})
-        assert counter.frame_count == {"tokenizer": 1, "diffusion": 3}[name]  # encoder, decoder, network
+        call(name, short, made[name], "--compile --steps 3 --out", f"{name}{graphs}", fields=fields)
+        assert counter.frame_count == graphs  # of diffusion.py: encoder, decoder, network
+    torch._dynamo.reset()
+    nets = [ONE.compiled(tokenizer.Block(4, 1), on=True) for _ in range(5)]
+    assert all(net(torch.zeros(n, 1, 4)).shape == (n, 1, 4) for net in nets for n in (1, 2))  # more than 8
 
 def test_the_rules_for_labels():
     refused(sample.choose_labels, "0", 1, ["1", "2"], ONE, 0, message="'0' is none of the classes")  # not class number 0

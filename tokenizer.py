@@ -348,17 +348,11 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # features(images) -> B x N x width: what an auxiliary decoder predicts
 Target = namedtuple("Target", "width features loss")
 
-def compiled(net: nn.Module, cfg: "Config") -> nn.Module:
-    """A frozen network, compiled if the run is: two thirds of a step's kernels are theirs."""
-    if cfg.compile:
-        net.compile(fullgraph=True, dynamic=False)
-    return net
-
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network."""
     net = (cached_classifier(images, dist, cfg.out, seed=1)  # seed 0 scores samples
            if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
-    compiled(net, cfg)
+    dist.compiled(net, cfg.compile)
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
@@ -514,7 +508,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     stateful = [part for part in (*optimizers, adversary) if part]
     start = restore(state, model, ema, stateful) if state else 0
 
-    net = dist.wrap(model, cfg.compile)  # DDP: averages gradients over processes
+    net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
     batch, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
     loader = Loader(images, batch, cfg.seed + stage - 1, dist)
     n, n_latent = cfg.tokens()
@@ -741,7 +735,7 @@ def main(cfg: Config, dist: Dist) -> None:
         cfg = replace(cfg, init=digest)
 
     # A folder is made only after the networks of the loss are there
-    lpips = compiled(load_lpips(cfg.weights, dist), cfg) if cfg.lpips else None
+    lpips = dist.compiled(load_lpips(cfg.weights, dist), cfg.compile) if cfg.lpips else None
     adversary = Adversary(cfg, dist) if cfg.adversary == "dino" else None
     names = cfg.target_names() if stage == 1 and not cfg.stage2_only else []
     targets = {name: TARGETS[name](cfg, dist, images) for name in names}
@@ -903,7 +897,7 @@ class Adversary(nn.Module):
         if size > 224 and rng.random() < 0.5:
             top, left = rng.integers(0, size - 223, 2)
             x = x[:, :, top:top + 224, left:left + 224]
-        return x
+        return x.contiguous()  # other strides would be another graph
 
     def generator_loss(self, recon: Tensor, step: int, micro: slice) -> Tensor:
         """L_adv of Eq. 6, for rows `micro`."""

@@ -89,7 +89,7 @@ def train(preset: str, batch: int, compiled: bool, ceiling: float, tracer=None) 
                                  labels=torch.arange(n) % 10, view=partial(data.ImageSet.view, None))
         targets = {name: tokenizer.TARGETS[name](cfg, BF16, images) for name in cfg.target_names()}
         model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(DEVICE)
-        losses = targets, tokenizer.compiled(fid.load_lpips("", BF16), cfg), tokenizer.Adversary(cfg, BF16)
+        losses = targets, BF16.compiled(fid.load_lpips("", BF16), cfg.compile), tokenizer.Adversary(cfg, BF16)
         work = partial(tokenizer.train, cfg, BF16, 1, model, images, *losses, None)
     else:
         cfg = diffusion.Config(**diffusion.PRESETS[preset] | NET | fields)
