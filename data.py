@@ -17,22 +17,22 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-import urllib.request
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
+from urllib.request import urlretrieve
 
 import numpy as np
 import torch
@@ -75,6 +75,9 @@ def writing(path: str | Path, hint: str = "; what was saved before is kept"):
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
+        for old in part.parent.glob(f"{Path(path).name}.*.part"):
+            if old.stat().st_mtime < time.time() - 3600:  # a killed run left it
+                old.unlink(missing_ok=True)
         with open(part, "w+b") as file:
             yield file
             file.flush()
@@ -85,13 +88,6 @@ def writing(path: str | Path, hint: str = "; what was saved before is kept"):
     finally:
         with suppress(OSError):
             part.unlink()
-
-def remove_parts(folder: Path):
-    """Remove what a killed run left an hour ago."""
-    for part in folder.glob("*.part"):
-        with suppress(FileNotFoundError):  # another run renamed it
-            if part.stat().st_mtime < time.time() - 3600:
-                part.unlink()
 
 def cache_dir() -> Path:
     """Folder of downloads, packed images and classifiers."""
@@ -138,12 +134,11 @@ def make_shards(folder: Path, n: int, length: int, make: Callable, made_of: obje
     """
     key = hash_of(made_of)
     paths = [folder / f"{i:05d}-{key}.npy" for i in range(math.ceil(n / length))]
-    if dist.is_main:
-        remove_parts(folder)
-        if set(folder.glob("*.npy")) - set(paths):
-            die(f"{folder} was made of other weights, images or settings: give another --out")
+    if dist.is_main and set(folder.glob("*.npy")) - set(paths):
+        die(f"{folder} was made of other weights, images or settings: give another --out")
     dist.barrier()
-    for i in tqdm(range(dist.rank, len(paths), dist.world_size), label, disable=not dist.is_main or None):
+    mine = range(dist.rank, len(paths), dist.world_size)
+    for i in tqdm(mine, label, disable=not dist.is_main or None):
         if not paths[i].exists():
             rows = make(i * length, min((i + 1) * length, n))
             with writing(paths[i]) as file:
@@ -266,11 +261,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey -> 8 bits. White is the least of 1, 255, 65535 that holds the values."""
+    """Deep grey -> 8 bits. White is 65535 in a file of 16 bits.
+
+    Others do not say what white is. It is the least of 1, 255, 65535 that holds all values
+    of the file: a file of 0..255 and one of 0..256 of the same camera differ in brightness.
+    """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-    white = next((white for white in (1, 255, 65535) if x.max() <= white), x.max())
-    if image.mode.startswith("I;16"):
-        white = 65535
+    whites = [65535] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
+    white = next(white for white in whites if x.max() <= white)
     grey = Image.fromarray((x * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(x != image.info["transparency"]))
@@ -282,6 +280,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         if max(image.size) > 1000 * min(image.size):
             raise ValueError("too long a strip")
         bits = str(image.tile[0][3])[-2:] if image.tile else ""
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
         image.load()  # the first frame
         with suppress(Exception):  # the tag may be damaged
             image = ImageOps.exif_transpose(image)
@@ -289,24 +288,33 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             image.info["transparency"] *= {";2": 85, ";4": 17}.get(bits, 1)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
+            if tags.get(262) == 0:  # zero is white; Pillow knows it of 8 bits only
+                image = ImageOps.invert(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        return np.asarray(center_crop(image, size) if size else image)
+        return np.array(center_crop(image, size) if size else image)
 
-def try_to_read(path: Path, size: int) -> tuple[np.ndarray, str]:
-    """(image, ""), or black pixels and the reason."""
+def try_to_read(path: Path, size: int) -> np.ndarray:
+    """The image; zeros, and a line that names the file, if it is unreadable."""
     try:
-        return read_image(path, size), ""
+        image = read_image(path, size)
     except MemoryError:  # not the file's fault
         raise
     except Exception as error:  # noqa: BLE001
-        return np.zeros((size, size, 3), np.uint8), one_line(error)
+        say(f"unreadable: {str(path)!r}: {one_line(error)}")
+        return np.zeros((size, size, 3), np.uint8)
+    image[0, 0, 0] |= not image.any()  # a black picture is not all zeros
+    return image
+
+def shorten(words: list[str]) -> str:
+    return ", ".join(words[:20]) + ", ..." * (len(words) > 20)
 
 def is_debris(name: str) -> bool:
     """Hidden files, and what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN ..."""
-    return name[0] in ".@#$" or name.startswith("__") or name in ("System Volume Information", "lost+found")
+    names = ("__", ".", "@", "#", "$", "System Volume Information", "lost+found")
+    return name.startswith(names)
 
 def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
     """Paths of images, and suffixes or paths of all else."""
@@ -325,47 +333,45 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
             others.append(suffix or name if entry.is_file() else f"{path!r} (no file)")
     return images, others
 
-Listing = namedtuple("Listing", "classes n_train files summary")
+Listing = namedtuple("Listing", "root classes n_train files summary")
 
 def list_folder(root: Path) -> Listing:
-    """What a folder means. files: (path, label), training images first."""
+    """What a folder means. files: (path below root, label), training images first."""
     if not root.is_dir():
         die(f"--data {root}: no such folder of images, and none of {', '.join(DATASETS)}")
     if (root / "packed.json").exists():
         die(f"--data {root} is packed already")
     paths, others = find_images(root)
     paths = sorted(path.removeprefix(f"{root}{os.sep}") for path in paths)
-    left_out = [f"{n} {name}" for name, n in sorted(Counter(others).items())]
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
               for names in ("train training", "val valid validation dev eval test testing")]
     if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
-        inner = list_folder(root / tops[0])
-        files = [(os.path.join(tops[0], path), label) for path, label in inner.files]
-        return inner._replace(files=files, summary=f"in {tops[0]}/: {inner.summary}")
-    if splits[0] and (splits[1] or len(tops) == 1):
-        loose = sum(os.sep not in path for path in paths)
-        left_out[:0] = [f"folder {top}" for top in tops if top not in splits] + [f"{loose} loose images"] * (loose > 0)
-    else:
-        splits = ["", None]
-    left_out = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20) or "nothing"
+        return list_folder(root / tops[0])
+    if not splits[0] or not splits[1] and len(tops) > 1:
+        splits = ["", None]  # the top folders are classes
 
     rows = {split: [] for split in splits}  # (path, class, or "" of a loose image)
     for path in paths:
         top, *parts = (path if splits[0] else os.sep + path).split(os.sep)
         if top in rows:
             rows[top].append((path, parts[0] if parts[1:] else ""))
+        else:
+            others.append(f"images in {top}/" if parts else "loose images")
     train, val = rows.values()
+    counts = sorted(Counter(others).items())
+    left_out = shorten([f"{n} {name}" for name, n in counts]) or "nothing"
     if not train:
         die(f"--data {root}: no images found below it; left out: {left_out}")
-    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir() and not is_debris(path.name)]
+    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir()]
     if not any(name for _, name in train):
         folders = [""]  # loose images
-    number = {name: i for i, name in enumerate(sorted(folders))}
+    folders = sorted(name for name in folders if not is_debris(name))
+    number = {name: i for i, name in enumerate(folders)}
     for path, name in train + val:
         if name not in number:
-            die(f"--data {root}: {path} lies in no class folder of training images; each split needs the same "
-                "class folders, without images beside them, or none")
+            die(f"--data {root}: {path} lies in no class folder of training images; each "
+                "split needs the same class folders, without images beside them, or none")
 
     if not val:  # one in twenty
         by_hash = sorted(train, key=lambda row: sha256(os.fsencode(row[0])).digest())
@@ -376,8 +382,9 @@ def list_folder(root: Path) -> Listing:
         val = val or by_hash[:1]  # each class has one image
     files = [(path, number[name]) for path, name in train + val]
     source = f"from {splits[1]}/" if splits[1] else "one in twenty"
-    summary = f"{len(number)} classes, {len(train):,} + {len(val):,} images ({source}); left out: {left_out}"
-    return Listing([name or "all" for name in number], len(train), files, summary)
+    summary = (f"{len(number)} classes, {len(train):,} + {len(val):,} images ({source}); "
+               f"left out: {left_out}")
+    return Listing(root, [name or "all" for name in number], len(train), files, summary)
 
 # ---- Packed images: images/*.npy, uint8 n x S x S x 3; labels.npy; packed.json
 
@@ -387,20 +394,15 @@ def shard_length(size: int) -> int:
     """At most 1,024 images, and 128 MB."""
     return max(1, min(1024, 2**27 // (3 * size**2)))
 
-def store(out, size, classes, labels, n_train, made_of, make, paths=()):
-    """make(start, stop) returns uint8 n x S x S x 3, black where one of `paths` is unreadable."""
+def store(out, size, classes, labels, n_train, made_of, make):
+    """make(start, stop) returns uint8 n x S x S x 3; an unreadable image is zeros."""
     n = len(labels)
     rows = make_shards(out / "images", n, shard_length(size), make, made_of, Dist(), "packing")
-    labels = np.array(labels, np.int64)
-    black = np.concatenate([~array.any((1, 2, 3)) for array in rows.arrays])
-    for i in np.flatnonzero(black) if paths else ():
-        image, reason = try_to_read(paths[i], size)  # or is it a black picture?
-        if reason or image.any():
-            say(f"unreadable: {str(paths[i])!r}: {reason}")
-            labels[i] = -1
-    unreadable = (labels < 0).sum()
+    readable = np.concatenate([array.any((1, 2, 3)) for array in rows.arrays])
+    labels = np.where(readable, np.array(labels, np.int64), -1)
+    unreadable = n - readable.sum()
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
-        shutil.rmtree(out / "images")  # mended files are read again
+        shutil.rmtree(out / "images")  # all files are read and named again
         die(f"{unreadable} of {n} images are unreadable: mend or remove them")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
@@ -417,25 +419,21 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     for path in () if replace else (*out.glob("*"), *out.glob("images/*")):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
-    listing = list_folder(root)
-    say(f"{root}: {listing.summary}")
-    paths = [root / path for path, _ in listing.files]
+    root, classes, n_train, files, summary = list_folder(root)
+    say(f"{root}: {summary}")
+    paths = [root / path for path, _ in files]
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, paths)]
-    made_of = [size, *listing[:3], stats]  # changed files differ
+    made_of = [size, classes, n_train, files, stats]  # changed files differ
     key = hash_of(made_of)
     others = any(key not in path.name for path in out.glob("images/*.npy"))
     if replace and others:
         shutil.rmtree(out)
     elif (out / "packed.json").exists() and not others:
         return
-
-    def decode(start, stop):
-        images = pool.map(lambda path: try_to_read(path, size)[0], paths[start:stop])
-        return np.stack(list(images))
-
-    labels = [label for _, label in listing.files]
+    read = partial(try_to_read, size=size)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        store(out, size, listing.classes, labels, listing.n_train, made_of, decode, paths)
+        store(out, size, classes, [label for _, label in files], n_train, made_of,
+              lambda start, stop: np.stack([*pool.map(read, paths[start:stop])]))
 
 def keep_outside(out, data):
     if out and data and Path(out).resolve().is_relative_to(Path(data).resolve()):
@@ -481,8 +479,9 @@ def unpacked(name: str, url: str, digest: str) -> Path:
     if not folder.exists():
         archive = download(url, cache_dir() / Path(url).name, digest)
         part = Path(f"{folder}.{os.getpid()}.part")
-        with reading(archive, f"the archive of {name}"), tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")  # refuses members that point outside
+        with reading(archive, f"the archive of {name}"):
+            # This filter refuses members that point outside
+            shutil.unpack_archive(archive, part, filter="data")
         part.rename(folder)
     return folder
 
@@ -490,15 +489,12 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     """Fetch url to path unless it is there. `digest`: the start of its sha256, or ""."""
     if path.exists():
         return path
-    hint = f" from {url}. Put the file there{hint}"
-    with writing(path, hint) as file, urllib.request.urlopen(url, timeout=60) as body:
-        total = int(body.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(file, "write", total=total, desc=path.name, disable=None) as target:
-            shutil.copyfileobj(body, target)
-        if total and file.tell() != total:
-            raise OSError(f"{file.tell()} of {total} bytes came")
-        file.seek(0)
-        if digest and not sha256(file.read()).hexdigest().startswith(digest):
+    socket.setdefaulttimeout(60)
+    bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
+    with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
+        # It raises when the connection ends before the whole file has come
+        urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
+        if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")
     return path
 
@@ -508,12 +504,11 @@ def prepare(data: str, size: int) -> Path:
     root = Path(data).expanduser().absolute()
     if (root / "packed.json").is_file():
         return root
+    out = cache_dir() / f"{data}-{size}px"
     if data not in DATASETS:
         out = cache_dir() / f"{root.name}-{size}px-{hash_of(str(root))[:8]}"
         pack(root, size, out, replace=True)
-        return out
-    out = cache_dir() / f"{data}-{size}px"
-    if not (out / "packed.json").exists():
+    elif not (out / "packed.json").exists():
         DATASETS[data](size, out)
     return out
 
@@ -553,11 +548,10 @@ class ImageSet:
         return torch.from_numpy(self.rows[self.index[index]]).permute(0, 3, 1, 2)
 
     def describe(self) -> str:
-        counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-        shown = ", ".join(f"{name} {n}" for name, n in zip(self.classes, counts[:20]))
-        empty = ", ".join([name for name, n in zip(self.classes, counts) if not n][:20])
-        return (f"{len(self):,} images, {len(counts)} classes: {shown}{', ...' * (len(counts) > 20)}"
-                + f"; none of {empty}" * bool(empty) + f"; {self.unreadable} unreadable" * bool(self.unreadable))
+        counts = torch.bincount(self.labels, minlength=len(self.classes))
+        shown = shorten([f"{self.classes[c]} {counts[c]}" for c in counts.argsort(stable=True)])
+        return (f"{len(self):,} images of {len(counts)} classes, the rarest first: {shown}; "
+                f"{self.unreadable} unreadable")
 
     def view(self, rows: Tensor, mirror: Tensor) -> Tensor:
         """uint8 B x S x S x 3 -> float B x 3 x S x S, some mirrored."""
@@ -720,9 +714,7 @@ class Dist:
     def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None) -> Path:
         """The folder of a run. Settings other than in its settings.json end the run."""
         out, file = Path(path), Path(path) / "settings.json"
-        if self.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            remove_parts(out)
+        out.mkdir(parents=True, exist_ok=True)
         if self.is_main and cfg:
             now = asdict(cfg) | made_of
             free = {f.name for f in fields(cfg) if f.metadata.get("free")}
@@ -888,21 +880,16 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     return state
 
 class Log:
-    """Means of the steps' terms, in log.jsonl. No step waits: they stay on the device."""
+    """Means of the steps' terms, in log.jsonl. No step waits: they stay on the device.
+
+    After a kill some steps come again: of the lines of a step the last one counts.
+    """
     flops = 0
 
     def __init__(self, cfg, dist: Dist, stage: str, step: int, steps: int, loader: Loader):
         self.cfg, self.dist, self.stage, self.steps, self.loader = cfg, dist, stage, steps, loader
         self.path = Path(cfg.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not dist.is_main or None)
-        if dist.is_main and self.path.exists():
-            with reading(self.path, "the log of a run"):
-                lines = self.path.read_text().splitlines()
-                entries = [json.loads(line) for line in lines if line[-1:] == "}"]  # not cut short
-            with writing(self.path) as file:
-                for entry in entries:
-                    if entry["stage"] != stage or entry["step"] <= step:  # others come again
-                        file.write(f"{json.dumps(entry)}\n".encode())
         self.reset()
 
     def reset(self):
@@ -945,8 +932,10 @@ class Log:
         if self.dist.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.dist.is_main:
+            # A line that was cut short, perhaps by a full disk, stays alone
+            cut = self.path.exists() and self.path.read_bytes()[-1:] not in b"\n"
             with open(self.path, "a") as file:
-                print(json.dumps({"stage": self.stage, "step": step} | entry), file=file)
+                print("\n" * cut + json.dumps({"stage": self.stage, "step": step} | entry), file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
         self.bar.set_postfix_str(shown[:60])
         say(f"{self.stage} {step}/{self.steps}  {shown}")
