@@ -75,9 +75,10 @@ def writing(path: str | Path, hint: str = "; what was saved before is kept"):
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        for old in part.parent.glob(f"{Path(path).name}.*.part"):
-            if old.stat().st_mtime < time.time() - 3600:  # a killed run left it
-                old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run renamed it
+            for old in part.parent.glob(f"{Path(path).name}.*.part"):
+                if old.stat().st_mtime < time.time() - 3600:  # a killed run left it
+                    old.unlink()
         with open(part, "w+b") as file:
             yield file
             file.flush()
@@ -246,10 +247,11 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
 #   class, "all"; beside class folders they are refused. A lone folder of folders stands for
 #   the whole: flowers.zip/flowers/rose.
 
-Image.init()
 FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
+SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
-SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+# Beginnings of hidden names, and of what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN
+DEBRIS = ".", "__", "@", "#", "$", "System Volume Information", "lost+found"
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's: boxes while it is twice too large, then bicubic; the centre."""
@@ -261,10 +263,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey -> 8 bits. White is 65535 in a file of 16 bits.
+    """Deep grey -> 8 bits. White is 65535 in a file of 16 bits. Others do not say what white is.
 
-    Others do not say what white is. It is the least of 1, 255, 65535 that holds all values
-    of the file: a file of 0..255 and one of 0..256 of the same camera differ in brightness.
+    It is the least of 1, 255, 65535 that holds the values of the file: it may differ from file
+    to file of one camera.
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
     whites = [65535] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
@@ -311,17 +313,12 @@ def try_to_read(path: Path, size: int) -> np.ndarray:
 def shorten(words: list[str]) -> str:
     return ", ".join(words[:20]) + ", ..." * (len(words) > 20)
 
-def is_debris(name: str) -> bool:
-    """Hidden files, and what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN ..."""
-    names = ("__", ".", "@", "#", "$", "System Volume Information", "lost+found")
-    return name.startswith(names)
-
 def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
     """Paths of images, and suffixes or paths of all else."""
     images, others, here = [], [], os.path.realpath(root)
     for entry in os.scandir(root) if here not in above else ():
         name, path, suffix = entry.name, entry.path, Path(entry.name).suffix.lower()
-        if is_debris(name):
+        if name.startswith(DEBRIS):
             continue
         if entry.is_dir(follow_symlinks=len(above) < 2):  # a few levels, or links multiply
             below = find_images(path, (*above, here))
@@ -366,7 +363,7 @@ def list_folder(root: Path) -> Listing:
     folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir()]
     if not any(name for _, name in train):
         folders = [""]  # loose images
-    folders = sorted(name for name in folders if not is_debris(name))
+    folders = sorted(name for name in folders if not name.startswith(DEBRIS))
     number = {name: i for i, name in enumerate(folders)}
     for path, name in train + val:
         if name not in number:
@@ -416,7 +413,7 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
     ours = re.compile(r"images|labels\.npy|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part")
-    for path in () if replace else (*out.glob("*"), *out.glob("images/*")):
+    for path in () if replace else out.rglob("*"):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
     root, classes, n_train, files, summary = list_folder(root)
@@ -442,13 +439,13 @@ def keep_outside(out, data):
 # ---- Data sets by name. To add one: a function that stores it, and its line in DATASETS
 
 def pack_shapes(size: int, out: Path):
-    index = np.concatenate([np.arange(20_000), 2**32 + np.arange(2_000)])
+    index, chunk = np.r_[:20_000, 2**32:2**32 + 2_000], max(1, 2**18 // size**2)
 
     def render(start, stop):
-        chunks = torch.from_numpy(index[start:stop]).split(max(1, 2**18 // size**2))
+        chunks = np.split(index[start:stop], range(chunk, stop - start, chunk))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = torch.cat([*pool.map(lambda chunk: render_shapes(chunk.numpy(), size)[0], chunks)])
-        return images.permute(0, 2, 3, 1).numpy()
+            images, _ = zip(*pool.map(partial(render_shapes, size=size), chunks))
+        return torch.cat(images).permute(0, 2, 3, 1).numpy()
 
     made_of = ["shapes", 1, size]  # raise 1 when the pictures change
     store(out, size, SHAPES, index % len(SHAPES), 20_000, made_of, render)
@@ -480,8 +477,7 @@ def unpacked(name: str, url: str, digest: str) -> Path:
         archive = download(url, cache_dir() / Path(url).name, digest)
         part = Path(f"{folder}.{os.getpid()}.part")
         with reading(archive, f"the archive of {name}"):
-            # This filter refuses members that point outside
-            shutil.unpack_archive(archive, part, filter="data")
+            shutil.unpack_archive(archive, part, filter="data")  # refuses paths that lead outside
         part.rename(folder)
     return folder
 
@@ -532,7 +528,8 @@ class ImageSet:
             labels = np.load(folder / "labels.npy")
             is_train = np.arange(len(labels)) < meta["training_images"]
             inside = is_train == (split == "train")
-            self.index, self.unreadable = np.flatnonzero((labels >= 0) & inside), (labels[inside] < 0).sum()
+            self.index = np.flatnonzero((labels >= 0) & inside)
+            self.unreadable = inside.sum() - len(self.index)
             self.labels = torch.from_numpy(labels[self.index])
             shape = len(labels), self.size, self.size, 3
             if self.rows.shape != shape or self.labels.max() >= len(self.classes):
@@ -599,10 +596,9 @@ class Loader:
 
 # ---- THE RUN: options, processes, optimizers, average, checkpoints, log, pictures
 
-def option(default, help: str, choices: tuple = (), least: float = 0, free: bool = False) -> object:
-    """A field that is a flag. `free`: it may differ when a run goes on."""
-    metadata = {"help": help, "choices": choices, "least": least, "free": free}
-    return field(default=default, metadata=metadata)
+def option(default, help: str, choices: tuple | None = None, **more) -> object:
+    """A field that is a flag. `least`: of a number; `free`: it may differ when a run goes on."""
+    return field(default=default, metadata={"help": help, "choices": choices, **more})
 
 def parse_config(config: type, presets: dict, doc: str, argv: list | None = None) -> object:
     """Defaults, then --preset, then flags. A mistake is one line."""
@@ -610,10 +606,10 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text} (see --help)\n")
     if presets:
-        parser.add_argument("--preset", choices=presets, default="quick", help="a table of settings")
+        parser.add_argument("--preset", choices=presets, default="quick", help="table of settings")
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(config) if "help" in f.metadata}
     for flag, f in flags.items():
-        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f.metadata["help"].replace("%", "%%") + f" (default {f.default!r})"
@@ -624,7 +620,7 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     try:
         cfg = config(**presets.get(preset, {}) | values)
         for flag, f in flags.items():
-            value, least = getattr(cfg, f.name), f.metadata["least"]
+            value, least = getattr(cfg, f.name), f.metadata.get("least", 0)
             if f.type in (int, float) and not least <= value < 2**62:
                 raise ValueError(f"{flag} {value} must be at least {least}, below 2**62")
         cfg.check()
@@ -634,8 +630,9 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     return cfg
 
 # Each purpose has a stream of its own
-STREAMS = {"epoch": 1, "mirror": 2, "mask ratio": 3, "mask": 4, "mask, stage 2": 5, "augmentation": 6,
-           "sampling noise": 6, "training noise": 7, "labels": 8, "classifier noise": 9}
+STREAMS = {"epoch": 1, "mirror": 2, "mask ratio": 3, "mask": 4, "mask, stage 2": 5,
+           "augmentation": 6, "sampling noise": 6, "training noise": 7, "labels": 8,
+           "classifier noise": 9}
 
 @dataclass(frozen=True)
 class Dist:
@@ -686,19 +683,18 @@ class Dist:
 
     def rank0_first(self, make: Callable) -> object:
         """make() on rank 0, then on the others, which find what it left."""
-        for turn in (True, False):
-            if self.is_main == turn:
-                result = make()
-            self.barrier()
-        return result
+        result = make() if self.is_main else None
+        self.barrier()
+        return result if self.is_main else make()
 
     def wrap(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """The model as training calls it: processes average their gradients."""
         if compiled:
             model = torch.compile(model, fullgraph=True)
         if self.world_size > 1:
+            # One bucket: each is a graph of its own when compiled
             model = nn.parallel.DistributedDataParallel(
-                model, gradient_as_bucket_view=True, bucket_cap_mb=250)  # each bucket is a graph of its own
+                model, gradient_as_bucket_view=True, bucket_cap_mb=250)
         return model
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
@@ -722,8 +718,8 @@ class Dist:
                 free.add("steps")  # a longer run takes the same steps first
             with reading(file, "the settings of a run"):
                 before = json.loads(file.read_text()) if file.exists() else {}
-                changed = [n for n in sorted(now.keys() & before.keys() - free) if now[n] != before[n]]
-            for n in changed:
+                changed = {n for n in now.keys() & before.keys() - free if now[n] != before[n]}
+            for n in sorted(changed):
                 die(f"{path} was made with {n} {before[n]}, now {now[n]}: give another --out")
             self.save(file, now)
         self.barrier()
@@ -748,7 +744,8 @@ def commit() -> str:
 
 def start(precision: str) -> Dist:
     """Join the processes of torchrun; choose device and precision."""
-    rank, n, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, n, local = (int(os.environ.get(*pair)) for pair in ranks.items())
     device, backend, bf16, idle = torch.device("cpu"), "gloo", False, None
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "nccl"
@@ -766,13 +763,14 @@ def start(precision: str) -> Dist:
         store, _, _ = next(distributed.rendezvous("env://", rank, n, timeout=wait))
         # torchrun --max-restarts keeps its store, with what an earlier attempt left there
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        distributed.init_process_group(backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
-                                       device_id=device if backend == "nccl" else None)
+        distributed.init_process_group(
+            backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
+            device_id=device if backend == "nccl" else None)
         idle = distributed.new_group(timeout=wait, backend="gloo")
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
-    say(f"{n or 1} process(es) on {device.type}, {precision}, torch {torch.__version__}, {commit()}")
-    return Dist(rank, n or 1, device, precision, idle)
+    say(f"{n} process(es) on {device.type}, {precision}, torch {torch.__version__}, {commit()}")
+    return Dist(rank, n, device, precision, idle)
 
 def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | None = None):
     """Run main(cfg, dist). What the user or the machine did wrong is one line."""
@@ -934,25 +932,25 @@ class Log:
         if self.dist.is_main:
             # A line that was cut short, perhaps by a full disk, stays alone
             cut = self.path.exists() and self.path.read_bytes()[-1:] not in b"\n"
+            line = json.dumps({"stage": self.stage, "step": step} | entry)
             with open(self.path, "a") as file:
-                print("\n" * cut + json.dumps({"stage": self.stage, "step": step} | entry), file=file)
+                print("\n" * cut + line, file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
-        self.bar.set_postfix_str(shown[:60])
         say(f"{self.stage} {step}/{self.steps}  {shown}")
         self.reset()
 
-def save_grid(path: Path, images: Tensor, columns: int, titles: tuple = (), names: tuple = ()):
-    """A PNG of uint8 N x 3 x S x S; titles over columns, or names over images."""
-    labels, size = names or titles, images.shape[-1]
-    side, head = size * max(1, 96 // size), 14 * bool(labels)  # small images are enlarged
+def save_grid(path: Path, images: Tensor, columns: int, names: tuple = ()):
+    """A PNG of uint8 N x 3 x S x S, with names over the first ones."""
+    size = images.shape[-1]
+    side, head = size * max(1, 96 // size), 14 * bool(names)  # small images are enlarged
     w, h = side + 2, head + side + 2
     sheet = Image.new("RGB", (columns * w, math.ceil(len(images) / columns) * h), "white")
     for i, image in enumerate(images.cpu()):
         x, y = i % columns * w, i // columns * h
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((side, side), Image.NEAREST), (x, y + head))
-        if i < len(labels):
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), labels[i], "black")
+        if i < len(names):
+            ImageDraw.Draw(sheet).text((x + 2, y + 1), names[i], "black")
     with writing(path) as file:
         sheet.save(file, "PNG")
 
