@@ -262,15 +262,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((w, h), Image.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey -> 8 bits. White is 65535 in a file of 16 bits. Others do not say what white is.
+def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
+    """Deep grey -> 8 bits, by the tags of a TIFF. Only a file of up to 16 bits says what is white.
 
-    It is the least of 1, 255, 65535 that holds the values of the file: it may differ from file
-    to file of one camera.
+    In others it is the least of 1, 255, 65535 that holds the values: it may differ from file to
+    file of one camera.
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-    whites = [65535] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
+    declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
+    whites = [declared] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
     white = next(white for white in whites if x.max() <= white)
+    if tags.get(262) == 0:  # white is zero; Pillow knows it of 8 bits only
+        x = white - x
     grey = Image.fromarray((x * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(x != image.info["transparency"]))
@@ -289,9 +292,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         if image.mode == "L" and "transparency" in image.info:  # Pillow scales the grey only
             image.info["transparency"] *= {";2": 85, ";4": 17}.get(bits, 1)
         if image.mode[0] in "IF":
-            image = to_8_bits(image)
-            if tags.get(262) == 0:  # zero is white; Pillow knows it of 8 bits only
-                image = ImageOps.invert(image)
+            image = to_8_bits(image, tags)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -699,9 +700,8 @@ class Dist:
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
         """Slices of at most `micro` rows (0: all). Gradients are exchanged in the last."""
-        size = min(micro or batch, batch)
-        while batch % size:  # equal ones: torch.compile makes a graph for each size
-            size -= 1
+        # Equal ones: torch.compile makes a graph for each size
+        size = max(n for n in range(1, (micro or batch) + 1) if batch % n == 0)
         for start in range(0, batch, size):
             wait = start + size < batch and self.world_size > 1
             with model.no_sync() if wait else nullcontext():
@@ -788,6 +788,8 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
         die(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved is kept")
     except (MemoryError, RuntimeError) as error:
         if "MemoryError" in repr(error) or "allocate memory" in str(error):
+            if not hasattr(cfg, "batch_size"):
+                die("out of memory: try --workers 1")
             rows = cfg.batch_size // int(os.environ.get("WORLD_SIZE", "1"))  # of this process
             rows = min(getattr(cfg, "micro_batch", 0) or rows, rows)
             flag = "--micro-batch" if hasattr(cfg, "micro_batch") else "--batch-size"

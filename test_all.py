@@ -1428,12 +1428,15 @@ def test_orientation_transparency_and_deep_pixels(capsys):
         Image.fromarray(values).save(Path("d.tif"))
         grey = data.read_image(Path("d.tif"), 0)[..., 0].astype(int)
         assert np.abs(grey - deep * (255 / 250 if scale == 1e6 else 1)).max() <= 1, (kind, scale)
-    Image.fromarray(np.full((9, 9), 257 * 200, np.uint16)).save(Path("m.tif"))
-    for kind, grey in ((1, 200), (0, 55)):  # what 0 is: black, white
-        tag = (262).to_bytes(2, "little") + b"\3\0\1\0\0\0"
-        head, _, rest = Path("m.tif").read_bytes().partition(tag)
-        Path("m.tif").write_bytes(head + tag + bytes([kind]) + rest[1:])
-        assert (data.read_image("m.tif", 0) == grey).all()
+    bits16, bits12 = np.full((9, 9), 257 * 200, np.uint16), np.tile(np.array([0xAB, 0xCA, 0xBC], np.uint8), (9, 4))
+    for values, tags, grey in ((bits16, {262: 1}, 200), (bits16, {262: 0}, 55), (bits12, {256: 8, 258: 12}, 171)):
+        Image.fromarray(values).save(Path("m.tif"))  # then with tags that Pillow does not write: white is 0, 12 bits
+        content = bytearray(Path("m.tif").read_bytes())
+        for tag, value in tags.items():
+            at = re.search(tag.to_bytes(2, "little") + b"[\3\4]\0\1\0\0\0", content).end()
+            content[at:at + 2] = value.to_bytes(2, "little")
+        Path("m.tif").write_bytes(content)
+        assert (data.read_image(Path("m.tif"), 0) == grey).all(), tags
     for suffix in ("jp2", "ppm", "tga", "ico", *(["avif"] if "AVIF" in data.FORMATS else [])):
         rgb.resize((32, 32)).save(Path(f"e.{suffix}"))
         assert data.read_image(Path(f"e.{suffix}"), 16).shape == (16, 16, 3) and f".{suffix}" in data.SUFFIXES
@@ -1696,7 +1699,8 @@ def test_a_finished_run_goes_on_at_a_constant_rate(made):
 
 @pytest.mark.parametrize("line, message", [
     ("tokenizer --batch-size 16", "with 16 at once: try --micro-batch 8"), ("sample --batch-size 9", "try --batch-size 4"),
-    ("diffusion --batch-size 16 --micro-batch 6", "with 6 at once: try --micro-batch 3")])
+    ("diffusion --batch-size 16 --micro-batch 6", "with 6 at once: try --micro-batch 3"),
+    ("data --data x", "try --workers 1")])
 def test_a_batch_that_does_not_fit_is_one_line_with_advice(monkeypatch, line, message):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
