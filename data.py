@@ -17,22 +17,22 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-import urllib.request
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NoReturn
+from urllib.request import urlretrieve
 
 import numpy as np
 import torch
@@ -75,6 +75,10 @@ def writing(path: str | Path, hint: str = "; what was saved before is kept"):
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another run renamed it
+            for old in part.parent.glob(f"{Path(path).name}.*.part"):
+                if old.stat().st_mtime < time.time() - 3600:  # a killed run left it
+                    old.unlink()
         with open(part, "w+b") as file:
             yield file
             file.flush()
@@ -85,13 +89,6 @@ def writing(path: str | Path, hint: str = "; what was saved before is kept"):
     finally:
         with suppress(OSError):
             part.unlink()
-
-def remove_parts(folder: Path):
-    """Remove what a killed run left an hour ago."""
-    for part in folder.glob("*.part"):
-        with suppress(FileNotFoundError):  # another run renamed it
-            if part.stat().st_mtime < time.time() - 3600:
-                part.unlink()
 
 def cache_dir() -> Path:
     """Folder of downloads, packed images and classifiers."""
@@ -138,12 +135,11 @@ def make_shards(folder: Path, n: int, length: int, make: Callable, made_of: obje
     """
     key = hash_of(made_of)
     paths = [folder / f"{i:05d}-{key}.npy" for i in range(math.ceil(n / length))]
-    if dist.is_main:
-        remove_parts(folder)
-        if set(folder.glob("*.npy")) - set(paths):
-            die(f"{folder} was made of other weights, images or settings: give another --out")
+    if dist.is_main and set(folder.glob("*.npy")) - set(paths):
+        die(f"{folder} was made of other weights, images or settings: give another --out")
     dist.barrier()
-    for i in tqdm(range(dist.rank, len(paths), dist.world_size), label, disable=not dist.is_main or None):
+    mine = range(dist.rank, len(paths), dist.world_size)
+    for i in tqdm(mine, label, disable=not dist.is_main or None):
         if not paths[i].exists():
             rows = make(i * length, min((i + 1) * length, n))
             with writing(paths[i]) as file:
@@ -251,10 +247,11 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
 #   class, "all"; beside class folders they are refused. A lone folder of folders stands for
 #   the whole: flowers.zip/flowers/rose.
 
-Image.init()
 FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
+SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
-SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in FORMATS}
+# Beginnings of hidden names, and of what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN
+DEBRIS = ".", "__", "@", "#", "$", "System Volume Information", "lost+found"
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's: boxes while it is twice too large, then bicubic; the centre."""
@@ -265,12 +262,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((w, h), Image.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Deep grey -> 8 bits. White is the least of 1, 255, 65535 that holds the values."""
+def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
+    """Deep grey -> 8 bits, by the tags of a TIFF. Only a file of up to 16 bits says what is white.
+
+    In others it is the least of 1, 255, 65535 that holds the values: it may differ from file to
+    file of one camera.
+    """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-    white = next((white for white in (1, 255, 65535) if x.max() <= white), x.max())
-    if image.mode.startswith("I;16"):
-        white = 65535
+    declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
+    whites = [declared] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
+    white = next(white for white in whites if x.max() <= white)
+    if tags.get(262) == 0:  # white is zero; Pillow knows it of 8 bits only
+        x = white - x
     grey = Image.fromarray((x * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(x != image.info["transparency"]))
@@ -282,38 +285,41 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         if max(image.size) > 1000 * min(image.size):
             raise ValueError("too long a strip")
         bits = str(image.tile[0][3])[-2:] if image.tile else ""
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
         image.load()  # the first frame
         with suppress(Exception):  # the tag may be damaged
             image = ImageOps.exif_transpose(image)
         if image.mode == "L" and "transparency" in image.info:  # Pillow scales the grey only
             image.info["transparency"] *= {";2": 85, ";4": 17}.get(bits, 1)
         if image.mode[0] in "IF":
-            image = to_8_bits(image)
+            image = to_8_bits(image, tags)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        return np.asarray(center_crop(image, size) if size else image)
+        return np.array(center_crop(image, size) if size else image)
 
-def try_to_read(path: Path, size: int) -> tuple[np.ndarray, str]:
-    """(image, ""), or black pixels and the reason."""
+def try_to_read(path: Path, size: int) -> np.ndarray:
+    """The image; zeros, and a line that names the file, if it is unreadable."""
     try:
-        return read_image(path, size), ""
+        image = read_image(path, size)
     except MemoryError:  # not the file's fault
         raise
     except Exception as error:  # noqa: BLE001
-        return np.zeros((size, size, 3), np.uint8), one_line(error)
+        say(f"unreadable: {str(path)!r}: {one_line(error)}")
+        return np.zeros((size, size, 3), np.uint8)
+    image[0, 0, 0] |= not image.any()  # a black picture is not all zeros
+    return image
 
-def is_debris(name: str) -> bool:
-    """Hidden files, and what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN ..."""
-    return name[0] in ".@#$" or name.startswith("__") or name in ("System Volume Information", "lost+found")
+def shorten(words: list[str]) -> str:
+    return ", ".join(words[:20]) + ", ..." * (len(words) > 20)
 
 def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
     """Paths of images, and suffixes or paths of all else."""
     images, others, here = [], [], os.path.realpath(root)
     for entry in os.scandir(root) if here not in above else ():
         name, path, suffix = entry.name, entry.path, Path(entry.name).suffix.lower()
-        if is_debris(name):
+        if name.startswith(DEBRIS):
             continue
         if entry.is_dir(follow_symlinks=len(above) < 2):  # a few levels, or links multiply
             below = find_images(path, (*above, here))
@@ -325,47 +331,45 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
             others.append(suffix or name if entry.is_file() else f"{path!r} (no file)")
     return images, others
 
-Listing = namedtuple("Listing", "classes n_train files summary")
+Listing = namedtuple("Listing", "root classes n_train files summary")
 
 def list_folder(root: Path) -> Listing:
-    """What a folder means. files: (path, label), training images first."""
+    """What a folder means. files: (path below root, label), training images first."""
     if not root.is_dir():
         die(f"--data {root}: no such folder of images, and none of {', '.join(DATASETS)}")
     if (root / "packed.json").exists():
         die(f"--data {root} is packed already")
     paths, others = find_images(root)
     paths = sorted(path.removeprefix(f"{root}{os.sep}") for path in paths)
-    left_out = [f"{n} {name}" for name, n in sorted(Counter(others).items())]
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
               for names in ("train training", "val valid validation dev eval test testing")]
     if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
-        inner = list_folder(root / tops[0])
-        files = [(os.path.join(tops[0], path), label) for path, label in inner.files]
-        return inner._replace(files=files, summary=f"in {tops[0]}/: {inner.summary}")
-    if splits[0] and (splits[1] or len(tops) == 1):
-        loose = sum(os.sep not in path for path in paths)
-        left_out[:0] = [f"folder {top}" for top in tops if top not in splits] + [f"{loose} loose images"] * (loose > 0)
-    else:
-        splits = ["", None]
-    left_out = ", ".join(left_out[:20]) + ", ..." * (len(left_out) > 20) or "nothing"
+        return list_folder(root / tops[0])
+    if not splits[0] or not splits[1] and len(tops) > 1:
+        splits = ["", None]  # the top folders are classes
 
     rows = {split: [] for split in splits}  # (path, class, or "" of a loose image)
     for path in paths:
         top, *parts = (path if splits[0] else os.sep + path).split(os.sep)
         if top in rows:
             rows[top].append((path, parts[0] if parts[1:] else ""))
+        else:
+            others.append(f"images in {top}/" if parts else "loose images")
     train, val = rows.values()
+    counts = sorted(Counter(others).items())
+    left_out = shorten([f"{n} {name}" for name, n in counts]) or "nothing"
     if not train:
         die(f"--data {root}: no images found below it; left out: {left_out}")
-    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir() and not is_debris(path.name)]
+    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir()]
     if not any(name for _, name in train):
         folders = [""]  # loose images
-    number = {name: i for i, name in enumerate(sorted(folders))}
+    folders = sorted(name for name in folders if not name.startswith(DEBRIS))
+    number = {name: i for i, name in enumerate(folders)}
     for path, name in train + val:
         if name not in number:
-            die(f"--data {root}: {path} lies in no class folder of training images; each split needs the same "
-                "class folders, without images beside them, or none")
+            die(f"--data {root}: {path} lies in no class folder of training images; each "
+                "split needs the same class folders, without images beside them, or none")
 
     if not val:  # one in twenty
         by_hash = sorted(train, key=lambda row: sha256(os.fsencode(row[0])).digest())
@@ -376,8 +380,9 @@ def list_folder(root: Path) -> Listing:
         val = val or by_hash[:1]  # each class has one image
     files = [(path, number[name]) for path, name in train + val]
     source = f"from {splits[1]}/" if splits[1] else "one in twenty"
-    summary = f"{len(number)} classes, {len(train):,} + {len(val):,} images ({source}); left out: {left_out}"
-    return Listing([name or "all" for name in number], len(train), files, summary)
+    summary = (f"{len(number)} classes, {len(train):,} + {len(val):,} images ({source}); "
+               f"left out: {left_out}")
+    return Listing(root, [name or "all" for name in number], len(train), files, summary)
 
 # ---- Packed images: images/*.npy, uint8 n x S x S x 3; labels.npy; packed.json
 
@@ -387,20 +392,15 @@ def shard_length(size: int) -> int:
     """At most 1,024 images, and 128 MB."""
     return max(1, min(1024, 2**27 // (3 * size**2)))
 
-def store(out, size, classes, labels, n_train, made_of, make, paths=()):
-    """make(start, stop) returns uint8 n x S x S x 3, black where one of `paths` is unreadable."""
+def store(out, size, classes, labels, n_train, made_of, make):
+    """make(start, stop) returns uint8 n x S x S x 3; an unreadable image is zeros."""
     n = len(labels)
     rows = make_shards(out / "images", n, shard_length(size), make, made_of, Dist(), "packing")
-    labels = np.array(labels, np.int64)
-    black = np.concatenate([~array.any((1, 2, 3)) for array in rows.arrays])
-    for i in np.flatnonzero(black) if paths else ():
-        image, reason = try_to_read(paths[i], size)  # or is it a black picture?
-        if reason or image.any():
-            say(f"unreadable: {str(paths[i])!r}: {reason}")
-            labels[i] = -1
-    unreadable = (labels < 0).sum()
+    readable = np.concatenate([array.any((1, 2, 3)) for array in rows.arrays])
+    labels = np.where(readable, np.array(labels, np.int64), -1)
+    unreadable = n - readable.sum()
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
-        shutil.rmtree(out / "images")  # mended files are read again
+        shutil.rmtree(out / "images")  # all files are read and named again
         die(f"{unreadable} of {n} images are unreadable: mend or remove them")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
@@ -414,28 +414,24 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
     ours = re.compile(r"images|labels\.npy|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part")
-    for path in () if replace else (*out.glob("*"), *out.glob("images/*")):
+    for path in () if replace else out.rglob("*"):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
-    listing = list_folder(root)
-    say(f"{root}: {listing.summary}")
-    paths = [root / path for path, _ in listing.files]
+    root, classes, n_train, files, summary = list_folder(root)
+    say(f"{root}: {summary}")
+    paths = [root / path for path, _ in files]
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, paths)]
-    made_of = [size, *listing[:3], stats]  # changed files differ
+    made_of = [size, classes, n_train, files, stats]  # changed files differ
     key = hash_of(made_of)
     others = any(key not in path.name for path in out.glob("images/*.npy"))
     if replace and others:
         shutil.rmtree(out)
     elif (out / "packed.json").exists() and not others:
         return
-
-    def decode(start, stop):
-        images = pool.map(lambda path: try_to_read(path, size)[0], paths[start:stop])
-        return np.stack(list(images))
-
-    labels = [label for _, label in listing.files]
+    read = partial(try_to_read, size=size)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        store(out, size, listing.classes, labels, listing.n_train, made_of, decode, paths)
+        store(out, size, classes, [label for _, label in files], n_train, made_of,
+              lambda start, stop: np.stack([*pool.map(read, paths[start:stop])]))
 
 def keep_outside(out, data):
     if out and data and Path(out).resolve().is_relative_to(Path(data).resolve()):
@@ -444,13 +440,13 @@ def keep_outside(out, data):
 # ---- Data sets by name. To add one: a function that stores it, and its line in DATASETS
 
 def pack_shapes(size: int, out: Path):
-    index = np.concatenate([np.arange(20_000), 2**32 + np.arange(2_000)])
+    index, chunk = np.r_[:20_000, 2**32:2**32 + 2_000], max(1, 2**18 // size**2)
 
     def render(start, stop):
-        chunks = torch.from_numpy(index[start:stop]).split(max(1, 2**18 // size**2))
+        chunks = np.split(index[start:stop], range(chunk, stop - start, chunk))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = torch.cat([*pool.map(lambda chunk: render_shapes(chunk.numpy(), size)[0], chunks)])
-        return images.permute(0, 2, 3, 1).numpy()
+            images, _ = zip(*pool.map(partial(render_shapes, size=size), chunks))
+        return torch.cat(images).permute(0, 2, 3, 1).numpy()
 
     made_of = ["shapes", 1, size]  # raise 1 when the pictures change
     store(out, size, SHAPES, index % len(SHAPES), 20_000, made_of, render)
@@ -481,8 +477,8 @@ def unpacked(name: str, url: str, digest: str) -> Path:
     if not folder.exists():
         archive = download(url, cache_dir() / Path(url).name, digest)
         part = Path(f"{folder}.{os.getpid()}.part")
-        with reading(archive, f"the archive of {name}"), tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")  # refuses members that point outside
+        with reading(archive, f"the archive of {name}"):
+            shutil.unpack_archive(archive, part, filter="data")  # refuses paths that lead outside
         part.rename(folder)
     return folder
 
@@ -490,15 +486,12 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     """Fetch url to path unless it is there. `digest`: the start of its sha256, or ""."""
     if path.exists():
         return path
-    hint = f" from {url}. Put the file there{hint}"
-    with writing(path, hint) as file, urllib.request.urlopen(url, timeout=60) as body:
-        total = int(body.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(file, "write", total=total, desc=path.name, disable=None) as target:
-            shutil.copyfileobj(body, target)
-        if total and file.tell() != total:
-            raise OSError(f"{file.tell()} of {total} bytes came")
-        file.seek(0)
-        if digest and not sha256(file.read()).hexdigest().startswith(digest):
+    socket.setdefaulttimeout(60)
+    bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
+    with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
+        # It raises when the connection ends before the whole file has come
+        urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
+        if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")
     return path
 
@@ -508,12 +501,11 @@ def prepare(data: str, size: int) -> Path:
     root = Path(data).expanduser().absolute()
     if (root / "packed.json").is_file():
         return root
+    out = cache_dir() / f"{data}-{size}px"
     if data not in DATASETS:
         out = cache_dir() / f"{root.name}-{size}px-{hash_of(str(root))[:8]}"
         pack(root, size, out, replace=True)
-        return out
-    out = cache_dir() / f"{data}-{size}px"
-    if not (out / "packed.json").exists():
+    elif not (out / "packed.json").exists():
         DATASETS[data](size, out)
     return out
 
@@ -537,7 +529,8 @@ class ImageSet:
             labels = np.load(folder / "labels.npy")
             is_train = np.arange(len(labels)) < meta["training_images"]
             inside = is_train == (split == "train")
-            self.index, self.unreadable = np.flatnonzero((labels >= 0) & inside), (labels[inside] < 0).sum()
+            self.index = np.flatnonzero((labels >= 0) & inside)
+            self.unreadable = inside.sum() - len(self.index)
             self.labels = torch.from_numpy(labels[self.index])
             shape = len(labels), self.size, self.size, 3
             if self.rows.shape != shape or self.labels.max() >= len(self.classes):
@@ -553,11 +546,10 @@ class ImageSet:
         return torch.from_numpy(self.rows[self.index[index]]).permute(0, 3, 1, 2)
 
     def describe(self) -> str:
-        counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-        shown = ", ".join(f"{name} {n}" for name, n in zip(self.classes, counts[:20]))
-        empty = ", ".join([name for name, n in zip(self.classes, counts) if not n][:20])
-        return (f"{len(self):,} images, {len(counts)} classes: {shown}{', ...' * (len(counts) > 20)}"
-                + f"; none of {empty}" * bool(empty) + f"; {self.unreadable} unreadable" * bool(self.unreadable))
+        counts = torch.bincount(self.labels, minlength=len(self.classes))
+        shown = shorten([f"{self.classes[c]} {counts[c]}" for c in counts.argsort(stable=True)])
+        return (f"{len(self):,} images of {len(counts)} classes, the rarest first: {shown}; "
+                f"{self.unreadable} unreadable")
 
     def view(self, rows: Tensor, mirror: Tensor) -> Tensor:
         """uint8 B x S x S x 3 -> float B x 3 x S x S, some mirrored."""
@@ -605,10 +597,9 @@ class Loader:
 
 # ---- THE RUN: options, processes, optimizers, average, checkpoints, log, pictures
 
-def option(default, help: str, choices: tuple = (), least: float = 0, free: bool = False) -> object:
-    """A field that is a flag. `free`: it may differ when a run goes on."""
-    metadata = {"help": help, "choices": choices, "least": least, "free": free}
-    return field(default=default, metadata=metadata)
+def option(default, help: str, choices: tuple | None = None, **more) -> object:
+    """A field that is a flag. `least`: of a number; `free`: it may differ when a run goes on."""
+    return field(default=default, metadata={"help": help, "choices": choices, **more})
 
 def parse_config(config: type, presets: dict, doc: str, argv: list | None = None) -> object:
     """Defaults, then --preset, then flags. A mistake is one line."""
@@ -616,10 +607,10 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=style)
     parser.error = lambda text: parser.exit(2, f"{parser.prog}: {text} (see --help)\n")
     if presets:
-        parser.add_argument("--preset", choices=presets, default="quick", help="a table of settings")
+        parser.add_argument("--preset", choices=presets, default="quick", help="table of settings")
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(config) if "help" in f.metadata}
     for flag, f in flags.items():
-        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f.metadata["help"].replace("%", "%%") + f" (default {f.default!r})"
@@ -630,7 +621,7 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     try:
         cfg = config(**presets.get(preset, {}) | values)
         for flag, f in flags.items():
-            value, least = getattr(cfg, f.name), f.metadata["least"]
+            value, least = getattr(cfg, f.name), f.metadata.get("least", 0)
             if f.type in (int, float) and not least <= value < 2**62:
                 raise ValueError(f"{flag} {value} must be at least {least}, below 2**62")
         cfg.check()
@@ -640,8 +631,9 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     return cfg
 
 # Each purpose has a stream of its own
-STREAMS = {"epoch": 1, "mirror": 2, "mask ratio": 3, "mask": 4, "mask, stage 2": 5, "augmentation": 6,
-           "sampling noise": 6, "training noise": 7, "labels": 8, "classifier noise": 9}
+STREAMS = {"epoch": 1, "mirror": 2, "mask ratio": 3, "mask": 4, "mask, stage 2": 5,
+           "augmentation": 6, "sampling noise": 6, "training noise": 7, "labels": 8,
+           "classifier noise": 9}
 
 @dataclass(frozen=True)
 class Dist:
@@ -692,11 +684,9 @@ class Dist:
 
     def rank0_first(self, make: Callable) -> object:
         """make() on rank 0, then on the others, which find what it left."""
-        for turn in (True, False):
-            if self.is_main == turn:
-                result = make()
-            self.barrier()
-        return result
+        result = make() if self.is_main else None
+        self.barrier()
+        return result if self.is_main else make()
 
     def compiled(self, net: nn.Module, on: bool) -> nn.Module:
         """The same network; if `on`, a graph for each size of its batches."""
@@ -715,9 +705,8 @@ class Dist:
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
         """Slices of at most `micro` rows (0: all). Gradients are exchanged in the last."""
-        size = min(micro or batch, batch)
-        while batch % size:  # equal ones: torch.compile makes a graph for each size
-            size -= 1
+        # Equal ones: torch.compile makes a graph for each size
+        size = max(n for n in range(1, (micro or batch) + 1) if batch % n == 0)
         for start in range(0, batch, size):
             wait = start + size < batch and self.world_size > 1
             with model.no_sync() if wait else nullcontext():
@@ -726,9 +715,7 @@ class Dist:
     def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None) -> Path:
         """The folder of a run. Settings other than in its settings.json end the run."""
         out, file = Path(path), Path(path) / "settings.json"
-        if self.is_main:
-            out.mkdir(parents=True, exist_ok=True)
-            remove_parts(out)
+        out.mkdir(parents=True, exist_ok=True)
         if self.is_main and cfg:
             now = asdict(cfg) | (made_of or {})
             free = {f.name for f in fields(cfg) if f.metadata.get("free")}
@@ -736,8 +723,8 @@ class Dist:
                 free.add("steps")  # a longer run takes the same steps first
             with reading(file, "the settings of a run"):
                 before = json.loads(file.read_text()) if file.exists() else {}
-                changed = [n for n in sorted(now.keys() & before.keys() - free) if now[n] != before[n]]
-            for n in changed:
+                changed = {n for n in now.keys() & before.keys() - free if now[n] != before[n]}
+            for n in sorted(changed):
                 die(f"{path} was made with {n} {before[n]}, now {now[n]}: give another --out")
             self.save(file, now)
         self.barrier()
@@ -762,11 +749,13 @@ def commit() -> str:
 
 def start(precision: str) -> Dist:
     """Join the processes of torchrun; choose device and precision."""
-    rank, n, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    ranks = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, n, local = (int(os.environ.get(*pair)) for pair in ranks.items())
     device, backend, bf16, idle = torch.device("cpu"), "gloo", False, None
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # LPIPS and Inception are convolutions
         # fp32 means fp32, also where a container has switched it
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # fp16 would need a scaler
@@ -780,13 +769,14 @@ def start(precision: str) -> Dist:
         store, _, _ = next(distributed.rendezvous("env://", rank, n, timeout=wait))
         # torchrun --max-restarts keeps its store, with what an earlier attempt left there
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        distributed.init_process_group(backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
-                                       device_id=device if backend == "nccl" else None)
+        distributed.init_process_group(
+            backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
+            device_id=device if backend == "nccl" else None)
         idle = distributed.new_group(timeout=wait, backend="gloo")
     if precision == "auto":
         precision = "bf16" if bf16 else "fp32"
-    say(f"{n or 1} process(es) on {device.type}, {precision}, torch {torch.__version__}, {commit()}")
-    return Dist(rank, n or 1, device, precision, idle)
+    say(f"{n} process(es) on {device.type}, {precision}, torch {torch.__version__}, {commit()}")
+    return Dist(rank, n, device, precision, idle)
 
 def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | None = None):
     """Run main(cfg, dist). What the user or the machine did wrong is one line."""
@@ -804,6 +794,8 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
         die(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved is kept")
     except (MemoryError, RuntimeError) as error:
         if "MemoryError" in repr(error) or "allocate memory" in str(error):
+            if not hasattr(cfg, "batch_size"):
+                die("out of memory: try --workers 1")
             rows = cfg.batch_size // int(os.environ.get("WORLD_SIZE", "1"))  # of this process
             rows = min(getattr(cfg, "micro_batch", 0) or rows, rows)
             flag = "--micro-batch" if hasattr(cfg, "micro_batch") else "--batch-size"
@@ -894,21 +886,16 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
     return state
 
 class Log:
-    """Means of the steps' terms, in log.jsonl. No step waits: they stay on the device."""
+    """Means of the steps' terms, in log.jsonl. No step waits: they stay on the device.
+
+    After a kill some steps come again: of the lines of a step the last one counts.
+    """
     flops = 0
 
     def __init__(self, cfg, dist: Dist, stage: str, step: int, steps: int, loader: Loader):
         self.cfg, self.dist, self.stage, self.steps, self.loader = cfg, dist, stage, steps, loader
         self.path = Path(cfg.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not dist.is_main or None)
-        if dist.is_main and self.path.exists():
-            with reading(self.path, "the log of a run"):
-                lines = self.path.read_text().splitlines()
-                entries = [json.loads(line) for line in lines if line[-1:] == "}"]  # not cut short
-            with writing(self.path) as file:
-                for entry in entries:
-                    if entry["stage"] != stage or entry["step"] <= step:  # others come again
-                        file.write(f"{json.dumps(entry)}\n".encode())
         self.reset()
 
     def reset(self):
@@ -951,25 +938,28 @@ class Log:
         if self.dist.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.dist.is_main:
+            # A line that was cut short, perhaps by a full disk, stays alone
+            cut = self.path.exists() and self.path.read_bytes()[-1:] not in b"\n"
+            line = json.dumps({"stage": self.stage, "step": step} | entry)
             with open(self.path, "a") as file:
-                print(json.dumps({"stage": self.stage, "step": step} | entry), file=file)
+                print("\n" * cut + line, file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
         self.bar.set_postfix_str(shown[:60])
         say(f"{self.stage} {step}/{self.steps}  {shown}")
         self.reset()
 
-def save_grid(path: Path, images: Tensor, columns: int, titles: tuple = (), names: tuple = ()):
-    """A PNG of uint8 N x 3 x S x S; titles over columns, or names over images."""
-    labels, size = names or titles, images.shape[-1]
-    side, head = size * max(1, 96 // size), 14 * bool(labels)  # small images are enlarged
+def save_grid(path: Path, images: Tensor, columns: int, names: tuple = ()):
+    """A PNG of uint8 N x 3 x S x S, with names over the first ones."""
+    size = images.shape[-1]
+    side, head = size * max(1, 96 // size), 14 * bool(names)  # small images are enlarged
     w, h = side + 2, head + side + 2
     sheet = Image.new("RGB", (columns * w, math.ceil(len(images) / columns) * h), "white")
     for i, image in enumerate(images.cpu()):
         x, y = i % columns * w, i // columns * h
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         sheet.paste(picture.resize((side, side), Image.NEAREST), (x, y + head))
-        if i < len(labels):
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), labels[i], "black")
+        if i < len(names):
+            ImageDraw.Draw(sheet).text((x + 2, y + 1), names[i][:side // 6], "black")
     with writing(path) as file:
         sheet.save(file, "PNG")
 
