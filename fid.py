@@ -316,10 +316,11 @@ class LazyImages:
 Images = ImageSet | LazyImages
 
 def in_batches(images: Images, dist: Dist, batch: int):
-    """This process's share, as (indices, uint8 B x 3 x S x S on the device)."""
-    parts = torch.arange(len(images)).split(batch)[dist.rank::dist.world_size]
-    for index in tqdm(parts, desc="features", leave=False, disable=None if dist.is_main else True):
-        yield index, images[index.numpy()].to(dist.device)
+    """This process's share, as (first index, uint8 B x 3 x S x S on the device)."""
+    starts = range(dist.rank * batch, len(images), dist.world_size * batch)
+    for start in tqdm(starts, desc="features", leave=False, disable=None if dist.is_main else True):
+        index = np.arange(start, min(start + batch, len(images)))
+        yield start, images[index].to(dist.device)
 
 class Moments:
     """Mean and covariance of features (B x D), in float64, over batches and processes."""
@@ -395,13 +396,13 @@ def inception_statistics(net: Inception, images: Images, dist: Dist, batch: int 
     """STATISTICS of uint8 images; pool features and logits of one in `every`."""
     moments = Moments(2048, dist.device), Moments(2023, dist.device)
     rows = torch.zeros(math.ceil(len(images) / every), 2048 + 1008, device=dist.device)
-    for index, x in in_batches(images, dist, batch):
+    for start, x in in_batches(images, dist, batch):
         with dist.autocast():
             pool, spatial, logits = net(x)
         moments[0].add(pool)
         moments[1].add(spatial)
-        kept = index % every == 0
-        rows[index[kept] // every] = torch.cat([pool, logits], 1)[kept]  # each process fills its own
+        kept = torch.cat([pool, logits], 1)[-start % every::every]
+        rows[math.ceil(start / every):][:len(kept)] = kept  # each process fills its own
 
     pool, logits = dist.all_reduce(rows).split([2048, 1008], 1)
     moments = *moments[0].finish(dist), *moments[1].finish(dist)
@@ -551,10 +552,10 @@ class Classifier(nn.Module):
         """(mean, covariance) of the features of uint8 images, and the class of each."""
         moments = Moments(192, dist.device)
         found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
-        for index, x in in_batches(images, dist, 500):
+        for start, x in in_batches(images, dist, 500):
             features, logits = self(to_float(x))
             moments.add(features)
-            found[index] = logits.argmax(1)
+            found[start:start + len(x)] = logits.argmax(1)
         return moments.finish(dist), dist.all_reduce(found).cpu()
 
 def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800) -> Classifier:
