@@ -462,14 +462,15 @@ def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, 
 
 # ---- Latents: linear probe and Gaussian mixtures (paper, Fig. 2a, 5a, App. B.3)
 
-def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
-    """Accuracy of logistic regression on the flattened, standardised latents. Of many classes in fp32: memory."""
+def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iterations: int = 100) -> float:
+    """Accuracy of logistic regression on the flattened, standardised latents, fitted on `device`."""
     large = train_z[0].numel() * classes > 2e6
-    dtype = torch.float32 if large else torch.float64
-    z, v = train_z.flatten(1).to(dtype), val_z.flatten(1).to(dtype)  # n x L*H
+    dtype = torch.float32 if large else torch.float64  # of many classes: memory
+    z, v = (x.flatten(1).to(device, dtype) for x in (train_z, val_z))  # n x L*H
+    train_y, val_y = train_y.to(z.device), val_y.to(z.device)
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, v = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (z, v))  # for the bias
-    w = torch.zeros(z.shape[1], classes, dtype=dtype, requires_grad=True)
+    w = z.new_zeros(z.shape[1], classes, requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=iterations, history_size=3 if large else 100, line_search_fn="strong_wolfe")
 
     def objective():
@@ -779,12 +780,13 @@ def compare_latents(cfg: Config, dist: Dist) -> None:
         data = cfg.data or trained.data
         train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist, most=20_000) for images in (train, val))
-        latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
-        variance = torch.linalg.eigvalsh(torch.cov(z.flatten(1).double().T)).flip(0).cumsum(0)
-        rows[path] = {"latents": list(z.shape[1:]), "data": data,
+        shape, z, v = list(z.shape[1:]), *(x.flatten(1).to(dist.device) for x in (z, v))
+        latents[path] = z, v
+        variance = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).cumsum(0)
+        rows[path] = {"latents": shape, "data": data,
                       "dimensions_for_90_percent": int((variance < 0.9 * variance[-1]).sum()) + 1}
         if len(train.classes) > 1:
-            rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))
+            rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
             rows[path]["probe_images"] = len(z), len(v)  # evenly spaced in large sets
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())

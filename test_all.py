@@ -863,6 +863,13 @@ def test_the_metrics_keep_to_their_device(made_weights, meta, monkeypatch):
         for score in (fid.psnr, fid.ssim, lambda a, b: fid.load_lpips(str(made_weights), meta)(a.float(), b.float())):
             assert score(x, x).shape == (len(x),)
 
+def test_the_probe_is_fitted_on_the_device(meta, monkeypatch):
+    seen, z, y = [], torch.randn(9, 2, 3), torch.arange(9) % 4
+    monkeypatch.setattr(torch.optim.LBFGS, "step", lambda self, objective: seen.append(objective()))
+    with pytest.raises(RuntimeError, match="meta"):  # the accuracy is read back
+        fid.linear_probe(z, y, z, y, 4, META)
+    assert seen[0].is_meta and seen[0].dtype == torch.float64
+
 # ---- Closed forms
 
 @torch.no_grad()
