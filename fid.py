@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
@@ -306,6 +306,7 @@ class LazyImages:
     """n images, made when asked for: make(index array) -> uint8 B x 3 x S x S."""
     n: int
     make: Callable
+    from_files: bool = False  # then a thread reads ahead
 
     def __len__(self) -> int:
         return self.n
@@ -317,10 +318,18 @@ Images = ImageSet | LazyImages
 
 def in_batches(images: Images, dist: Dist, batch: int):
     """This process's share, as (first index, uint8 B x 3 x S x S on the device)."""
-    starts = range(dist.rank * batch, len(images), dist.world_size * batch)
+    n, step, reader, ahead = len(images), dist.world_size * batch, ThreadPoolExecutor(1), None
+    from_files = getattr(images, "from_files", True)  # an ImageSet's are
+
+    def read(start):
+        x = images[np.arange(start, min(start + batch, n))]
+        return x.pin_memory() if from_files and dist.device.type == "cuda" else x
+
+    starts = range(dist.rank * batch, n, step)
     for start in tqdm(starts, desc="features", leave=False, disable=None if dist.is_main else True):
-        index = np.arange(start, min(start + batch, len(images)))
-        yield start, images[index].to(dist.device)
+        x = ahead.result() if ahead else read(start)
+        ahead = reader.submit(read, start + step) if from_files and start + step < n else None
+        yield start, x.to(dist.device, non_blocking=True)
 
 class Moments:
     """Mean and covariance of features (B x D), in float64, over batches and processes."""
@@ -592,17 +601,18 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     if cache_dir().exists() and not os.access(cache_dir(), os.W_OK) and not path.exists():
         path = Path(out) / path.name
 
-    def load():
+    net = Classifier(len(images.classes)).to(dist.device)
+    if dist.is_main:
         if not path.exists():
             dist.print("training a small classifier, once for this data set")
-            net = train_classifier(images, dist.alone(), seed)
-            (net.mean, net.cov), _ = net.score(images, dist.alone())
-            dist.save(path, {"model": net.state_dict()})
-        return read_weights(path)
-
-    weights = dist.rank0_first(load)
-    net = Classifier(len(images.classes))
-    net.load_state_dict(weights)
+            trained = train_classifier(images, dist.alone(), seed)
+            (trained.mean, trained.cov), _ = trained.score(images, dist.alone())
+            dist.save(path, {"model": trained.state_dict()})
+        net.load_state_dict(read_weights(path))
+    dist.barrier()
+    if dist.world_size > 1:  # other nodes may not see the file
+        for x in net.state_dict().values():
+            distributed.broadcast(x, 0)
     return freeze(net, dist).to(memory_format=torch.channels_last)
 
 class ClassifierFD:
@@ -666,34 +676,50 @@ def open_set(name: str, size: int, dist: Dist) -> tuple:
 
 def open_folder(root: Path) -> LazyImages:
     names = sorted(find_images(root)[0]) or die(f"{root}: no images found")
-    pool = ThreadPoolExecutor()
+    pool = ThreadPoolExecutor(os.cpu_count())
 
     def load(name):
         with reading(name, "an image"):
             return read_image(name, 0)
 
-    def read(index):
-        images = list(pool.map(load, [names[0], *(names[i] for i in index)]))
-        for i, image in zip(index, images[1:]):
-            if image.shape != images[0].shape:
-                die(f"{names[i]} is {image.shape[1]} x {image.shape[0]}, {names[0]} another size; data.py makes one size")
-        return torch.from_numpy(np.stack(images[1:])).permute(0, 3, 1, 2)
+    first = load(names[0])
 
-    return LazyImages(len(names), read)
+    def read(index):
+        images = list(pool.map(load, [names[i] for i in index]))
+        for i, image in zip(index, images):
+            if image.shape != first.shape:
+                die(f"{names[i]} is {image.shape[1]} x {image.shape[0]}, {names[0]} another size; data.py makes one size")
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    return LazyImages(len(names), read, from_files=True)
 
 def open_npz(path: Path) -> tuple:
     with reading(path, "an npz file of images (arr_0) or statistics"), np.load(path) as file:
-        arrays = dict(file)
-        pixels = arrays.pop("arr_0", None)
-        if pixels is None:
+        arrays = {name: file[name] for name in file.files if name != "arr_0"}
+        if "arr_0" not in file.files:
             return None, {"mu": arrays["mu"], "sigma": arrays["sigma"]} | arrays
+        pixels = stored_pixels(path, file)
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
             raise ValueError("arr_0 is not uint8 n x S x S x 3")
         if len(arrays.get("labels", pixels)) != len(pixels):
             raise ValueError(f"{len(arrays['labels'])} labels for {len(pixels)} images")
         arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return LazyImages(len(pixels), lambda i: pixels[i]), arrays
+    return LazyImages(len(pixels), lambda i: pixels[i], from_files=True), arrays
+
+def stored_pixels(path: Path, npz) -> np.ndarray:
+    """arr_0 of an npz, mapped unless it is compressed: it may be larger than memory."""
+    entry = npz.zip.getinfo("arr_0.npy")
+    if entry.compress_type:
+        return npz["arr_0"]
+    if damaged := npz.zip.testzip():
+        raise ValueError(f"{damaged} is damaged")
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)  # lengths of a name and of extra fields
+        file.seek(sum(np.fromfile(file, "<u2", 2)), os.SEEK_CUR)
+        np.lib.format.read_magic(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(file, dtype, "c", file.tell(), shape, "CF"[fortran])
 
 def inception_scores(cfg: Config, dist: Dist, images: LazyImages, reference, statistics: dict) -> dict:
     """FID, sFID, IS, precision, recall against reference images or statistics."""
