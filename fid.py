@@ -64,24 +64,22 @@ def pretrained(name: str, folder: str, dist: Dist, hint: str) -> Weights:
 def read_weights(path: str | Path) -> Weights:
     """Tensors by name, on the CPU. Runs no code from the file."""
     with reading(path, "a file of weights"):
-        if Path(path).suffix == ".safetensors":
-            return read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("ema", "model", "state_dict"):  # wrappings, best first
-            state = state[name] if isinstance(state.get(name), dict) else state
-        return dict(state)
+        if Path(path).suffix != ".safetensors":
+            with torch.serialization.safe_globals([argparse.Namespace]):  # settings
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            for name in ("ema", "model", "state_dict"):  # wrappings, best first
+                state = state[name] if isinstance(state.get(name), dict) else state
+            return dict(state)
 
-def read_safetensors(path: str | Path) -> Weights:
-    raw, tensors = torch.from_numpy(np.memmap(path, np.uint8, "c")), {}
-    begin = 8 + int.from_bytes(bytes(raw[:8]), "little")
-    header = json.loads(bytes(raw[8:begin]))  # then come the tensors
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        part = raw[begin:][start:stop].clone()  # torch needs an aligned address
-        tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+        raw, tensors = torch.from_numpy(np.memmap(path, np.uint8, "c")), {}
+        begin = 8 + int.from_bytes(bytes(raw[:8]), "little")
+        header = json.loads(bytes(raw[8:begin]))  # then come the tensors
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            part = raw[begin:][start:stop].clone()  # torch needs an aligned address
+            tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return tensors
 
 def fold_layer_scale(weights: Weights, attention: str, mlp: str):
     """Multiply LayerScale (`ls1.gamma`, `ls2.gamma`) into the matrices of these names."""
@@ -336,8 +334,7 @@ class Moments:
 
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64."""
-    moments = mean1, cov1, mean2, cov2
-    mean1, cov1, mean2, cov2 = (torch.as_tensor(x).double().cpu() for x in moments)
+    mean1, cov1, mean2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2))
     with reading("a mean or covariance", "finite and of the right size"):
         # Eigenvalues of C1^(1/2) C2 C1^(1/2) are real at any rank; scipy's sqrtm is not
         values, vectors = torch.linalg.eigh(cov1)
@@ -409,13 +406,11 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return (-10 * error.log10()).clamp(max=100)  # B, in dB
 
 def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
-    """SSIM of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5.
-
-    `flat` is the paper's: flat 7 x 7 window, sample covariance, on [-1, 1].
-    """
-    span, correction = (2, 49 / 48) if flat else (1, 1)
+    """SSIM of pairs of uint8 images (Wang 2004). `flat`: the paper's, on [-1, 1]."""
+    span, correction = (2, 49 / 48) if flat else (1, 1)  # sample covariance
     w = torch.exp(-0.5 * (torch.arange(-5, 6, device=a.device).double() / 1.5) ** 2)
-    w = torch.full((7, 7), 1 / 49, device=a.device).to(w) if flat else torch.outer(w, w) / w.sum() ** 2
+    gauss = torch.outer(w, w) / w.sum() ** 2
+    w = torch.full((7, 7), 1 / 49, device=a.device).to(w) if flat else gauss
     blur = partial(F.conv2d, weight=w.expand(a.shape[1], 1, -1, -1), groups=a.shape[1])
     a, b = (x.double() / (255 / span) - (span - 1) for x in (a, b))
     ma, mb = blur(a), blur(b)
@@ -428,8 +423,7 @@ def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
 ssim_7x7_range2 = partial(ssim, flat=True)
 
 @torch.no_grad()
-def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, classifier_fd=None,
-                           lpips=None, weights: str | None = None) -> dict:
+def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=None, weights=None) -> dict:
     """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
     metrics = {"psnr": psnr}
     if images.size > 10:  # SSIM's window has 11 pixels
@@ -442,8 +436,8 @@ def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, 
         sums += torch.stack([f(x, y).double().sum() for f in metrics.values()])  # in fp32 or more
     scores = dict(zip(metrics, (dist.all_reduce(sums) / len(images)).tolist()))
     lazy = LazyImages(len(images), lambda i: reconstruct(images[i].to(dist.device)))
-    if classifier_fd:
-        scores["fd_classifier"] = classifier_fd.score(lazy)[0]["fd_classifier"]
+    if judge:
+        scores["fd_classifier"] = judge.score(lazy)[0]["fd_classifier"]
     if weights is not None:
         fp32 = replace(dist, precision="fp32")
         net = load_inception(weights, fp32)
@@ -473,7 +467,7 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iter
     solver.step(objective)
     return ((v @ w).argmax(1) == val_y.to(z.device)).double().mean().item()
 
-def gmm_log_prob(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
+def gmm_log_prob(x, weights, means, covariances) -> Tensor:
     parts = [MultivariateNormal(m, c).log_prob(x) for m, c in zip(means, covariances)]
     return torch.stack(parts, 1) + weights.log()  # n x K
 
@@ -519,8 +513,7 @@ class Classifier(nn.Module):
             conv = nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False)
             self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.GELU()))
         self.head = nn.Linear(192, classes)
-        # Of the features of the training images:
-        self.register_buffer("mean", torch.zeros(192).double())
+        self.register_buffer("mean", torch.zeros(192).double())  # of the training images
         self.register_buffer("cov", torch.zeros(192, 192).double())
 
     def maps(self, x: Tensor) -> Tensor:
@@ -539,7 +532,7 @@ class Classifier(nn.Module):
         return maps.flatten(2).transpose(1, 2).float()  # B x grid*grid x 192
 
     @torch.no_grad()
-    def score(self, images, dist: Dist, labels=None) -> tuple[dict, tuple]:
+    def score(self, images, labels=None, *, dist: Dist) -> tuple[dict, tuple]:
         """({fd_classifier, images, class_accuracy}, (mean, covariance)) of uint8 images."""
         moments = Moments(192, dist.device)
         found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
@@ -590,24 +583,21 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
         if not path.exists():
             dist.print("training a small classifier, once for this data set")
             trained = train_classifier(images, dist.alone(), seed)
-            _, (trained.mean, trained.cov) = trained.score(images, dist.alone())
+            _, (trained.mean, trained.cov) = trained.score(images, dist=dist.alone())
             dist.save(path, {"model": trained.state_dict()})
         net.load_state_dict(read_weights(path))
     dist.barrier()
-    if dist.world_size > 1:  # other nodes may not see the file
-        for x in net.state_dict().values():
-            distributed.broadcast(x, 0)
+    for x in net.state_dict().values() if dist.world_size > 1 else ():
+        distributed.broadcast(x, 0)  # other nodes may not see the file
     return freeze(net, dist).to(memory_format=torch.channels_last)
 
 class ClassifierFD:
     """Distance to the training images; `reference` is the score of the validation images."""
 
     def __init__(self, train: ImageSet, val: ImageSet, dist: Dist, out: str):
-        self.dist, self.net = dist, cached_classifier(train, dist, out)
+        self.net = cached_classifier(train, dist, out)
+        self.score = partial(self.net.score, dist=dist)
         self.reference, _ = self.score(val, val.labels)
-
-    def score(self, images, labels=None) -> tuple[dict, tuple]:
-        return self.net.score(images, self.dist, labels)
 
 # ---- Command line
 
@@ -691,7 +681,7 @@ def open_npz(path: Path) -> tuple:
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return LazyImages(len(pixels), lambda i: pixels[i], from_files=True), arrays
 
-def inception_scores(cfg: Config, dist: Dist, images: LazyImages, reference, statistics: dict) -> dict:
+def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dict) -> dict:
     """FID, sFID, IS, precision, recall against reference images or statistics."""
     made_with = str(statistics.get("resize", cfg.resize))
     if made_with != cfg.resize:

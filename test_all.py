@@ -858,7 +858,7 @@ def test_the_metrics_keep_to_their_device(made_weights, meta, monkeypatch):
     assert fid.inception_statistics(net, images, meta, 2, 2)["features"].shape == (3, 2048)
     classifier = fid.train_classifier(blank_images(32, 100), meta, steps=2)
     monkeypatch.setattr(fid, "frechet_distance", lambda *moments: 0.0)
-    assert classifier.score(images, meta)[0]["images"] == 5
+    assert classifier.score(images, dist=meta)[0]["images"] == 5
     for _, x in fid.in_batches(images, meta, 2):
         assert classifier(data.to_float(x))[0].is_meta and classifier.patch_features(data.to_float(x), 4).is_meta
         for score in (fid.psnr, fid.ssim, lambda a, b: fid.load_lpips(str(made_weights), meta)(a.float(), b.float())):
