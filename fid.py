@@ -179,7 +179,7 @@ def load_vit(name: str, folder: str, dist: Dist, hint: str) -> VisionTransformer
     kind = re.split("[_-]", name)[0]  # dino, dinov2, siglip
     return freeze(VisionTransformer(pretrained(name, folder, dist, hint), kind), dist)
 
-def convolution(weight: Tensor, bias: Tensor, stride: int = 1, padded: bool = True) -> nn.Conv2d:
+def convolution(weight: Tensor, bias: Tensor, stride=1, padded=True) -> nn.Conv2d:
     out, channels, *kernel = weight.shape
     conv = nn.Conv2d(channels, out, kernel, stride, [k // 2 * padded for k in kernel])
     conv.load_state_dict({"weight": weight, "bias": bias})
@@ -310,7 +310,7 @@ def in_batches(images, dist: Dist, batch: int):
         return x.pin_memory() if from_files and dist.device.type == "cuda" else x
 
     starts = range(dist.rank * batch, n, step)
-    for start in tqdm(starts, desc="features", leave=False, disable=None if dist.is_main else True):
+    for start in tqdm(starts, desc="features", leave=False, disable=not dist.is_main or None):
         x = ahead.result() if ahead else read(start)
         ahead = reader.submit(read, start + step) if from_files and start + step < n else None
         yield start, x.to(dist.device, non_blocking=True)
@@ -383,7 +383,7 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple:
     return tuple(shares)
 
 @torch.no_grad()
-def inception_statistics(net: Inception, images, dist: Dist, batch: int = 100, every: int = 1) -> dict:
+def inception_statistics(net: Inception, images, dist: Dist, batch=100, every=1) -> dict:
     """Moments of uint8 images; pool features and logits of one in `every`."""
     moments = Moments(2048, dist.device), Moments(2023, dist.device)
     rows = torch.zeros(math.ceil(len(images) / every), 2048 + 1008, device=dist.device)
@@ -447,7 +447,7 @@ def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=No
 
 # ---- Latents: linear probe and Gaussian mixtures (paper, Fig. 2a, 5a, App. B.3)
 
-def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iterations: int = 100) -> float:
+def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iterations=100) -> float:
     """Accuracy of logistic regression on standardised latents, fitted on `device`."""
     large = train_z[0].numel() * classes > 2e6  # float64 would not fit
     dtype, history = (torch.float32, 3) if large else (torch.float64, 100)
@@ -490,7 +490,7 @@ def fit_gmm(x: Tensor, k: int) -> tuple:
         last = total.mean()
     return weights, means, covariances
 
-def gmm_nll_curve(train_z: Tensor, val_z: Tensor, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
+def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
     """Held-out negative log-likelihood per dimension of mixtures, after PCA to `dims`."""
     axes = torch.linalg.eigh(torch.cov(train_z.double().T))[1].flip(1)  # largest first
     z, v = (x.double() @ axes[:, :dims] for x in (train_z, val_z))
@@ -546,7 +546,7 @@ class Classifier(nn.Module):
             row["class_accuracy"] = (found == np.asarray(labels)).mean().item()
         return row, moments
 
-def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800) -> Classifier:
+def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classifier:
     torch.manual_seed(seed)
     net = Classifier(len(images.classes)).to(dist.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=0.05)
@@ -685,10 +685,10 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
     """FID, sFID, IS, precision, recall against reference images or statistics."""
     made_with = str(statistics.get("resize", cfg.resize))
     if made_with != cfg.resize:
-        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that, or make it again")
+        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that")
     net = load_inception(cfg.weights, dist, cfg.resize)
     if reference and images[np.arange(1)].shape != reference[np.arange(1)].shape:
-        dist.print(f"A and B differ in size: both are resized to 299 px (--resize {cfg.resize})")
+        dist.print("A and B differ in size: both are resized to 299 px")
     a = inception_statistics(net, images, dist, cfg.batch_size)
     b, row = {}, {"resize": cfg.resize, "inception_score": inception_score(a["logits"])}
     if reference:
@@ -705,7 +705,7 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
             row[name] = frechet_distance(a[mean], a[cov], b[mean], b[cov])
     fewest = min(len(images), row["n_reference"] or 2048)
     if fewest < 2048:
-        dist.print(f"{fewest} images, fewer than 2,048, as many as features: the FID is too high")
+        dist.print(f"{fewest} images, fewer than 2,048 features: the FID is too high")
     return row
 
 def score(cfg: Config, dist: Dist):
@@ -732,8 +732,8 @@ def score(cfg: Config, dist: Dist):
             judge = ClassifierFD(train, val, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
             rows["validation_images"] = judge.reference
-            if n <= judge.net.width:
-                dist.print(f"{n} images, no more than {judge.net.width} features: fd_classifier is too high")
+            if n <= (d := judge.net.width):
+                dist.print(f"{n} images, no more than {d} features: fd_classifier is too high")
         else:
             dist.print(f"{data} has one class only: no fd_classifier, which needs labels")
 
@@ -743,7 +743,7 @@ def score(cfg: Config, dist: Dist):
     dist.print(f"wrote {out}")
 
 def write_statistics(cfg: Config, dist: Dist):
-    """Statistics of all images of a set, and up to 10,000 of the images -> npz."""
+    """Statistics of all images of a set, and up to 10,000 of them -> npz."""
     images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
     net = load_inception(cfg.weights, dist, cfg.resize)
     stats = inception_statistics(net, images, dist, cfg.batch_size)
