@@ -9,8 +9,6 @@ A and B: an npz with arr_0 (uint8 n x S x S x 3), a folder of images, or a data 
 `fid` is as ADM's; `fd_classifier` uses a network trained on the labels of the data set.
 """
 import argparse  # noqa: I001
-import functools
-import itertools
 import json
 import math
 import os
@@ -19,13 +17,15 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.cluster.vq import kmeans2
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributions import MultivariateNormal
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
@@ -38,60 +38,56 @@ from data import (
 
 META = "https://dl.fbaipublicfiles.com"
 LPIPS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
-SIGLIP = "https://huggingface.co/google/{}/resolve/main/model.safetensors"
 FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
-INCEPTION, DINO = "pt_inception-2015-12-05-6726825d", "dino_deitsmall16_pretrain"
+VGG, INCEPTION, DINO = "vgg16-397923af", "pt_inception-2015-12-05-6726825d", "dino_deitsmall16_pretrain"
 WEIGHTS = {  # name: address, start of the published sha256
-    "vgg16-397923af": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    VGG: (f"https://download.pytorch.org/models/{VGG}.pth", VGG[-8:]),
     "lpips_vgg": (LPIPS, "a78928a0"),
-    INCEPTION: (f"{FID}/{INCEPTION}.pth", "6726825d"),
-    DINO: (f"{META}/dino/{DINO}/{DINO}.pth", ""),
-    **{name: (SIGLIP.format(name), "") for name in ("siglip-large-patch16-256", "siglip-so400m-patch14-224")}}
+    INCEPTION: (f"{FID}/{INCEPTION}.pth", INCEPTION[-8:]),
+    DINO: (f"{META}/dino/{DINO}/{DINO}.pth", "")}
+for net in ("siglip-large-patch16-256", "siglip-so400m-patch14-224"):
+    WEIGHTS[net] = f"https://huggingface.co/google/{net}/resolve/main/model.safetensors", ""
 for net in ("vits14", "vits14_reg4", "vitb14", "vitb14_reg4", "vitl14", "vitl14_reg4"):
     WEIGHTS[f"dinov2_{net}_pretrain"] = f"{META}/dinov2/dinov2_{net[:6]}/dinov2_{net}_pretrain.pth", ""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 Weights = dict[str, Tensor]
 
 def pretrained(name: str, folder: str, dist: Dist, hint: str) -> Weights:
-    """Weights of the table, from the folder ("": the cache), else downloaded into it."""
+    """Weights from the folder ("": the cache), else downloaded into it."""
     url, sha256 = WEIGHTS[name]
-    root = Path(folder or cache_dir()).absolute()
-    paths = [root / f"{name}{suffix}" for suffix in (Path(url).suffix, ".pth", ".safetensors")]
+    root = Path(folder or cache_dir()).absolute() / name
+    paths = [root.with_suffix(suffix) for suffix in (Path(url).suffix, ".pth", ".safetensors")]
     path = next(filter(Path.exists, paths), paths[0])
     hint = f" (--weights), or do without: {hint}"
     return read_weights(dist.rank0_first(lambda: download(url, path, sha256, hint)))
 
 def read_weights(path: str | Path) -> Weights:
-    """Tensors by name, on the CPU, of a .safetensors or torch file. Runs no code from it."""
+    """Tensors by name, on the CPU. Runs no code from the file."""
     with reading(path, "a file of weights"):
-        if Path(path).suffix == ".safetensors":
-            return read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings beside the weights
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("ema", "model", "state_dict"):  # wrappings, best first
-            state = state[name] if isinstance(state.get(name), dict) else state
-        return dict(state)
+        if Path(path).suffix != ".safetensors":
+            with torch.serialization.safe_globals([argparse.Namespace]):  # settings
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            for name in ("ema", "model", "state_dict"):  # wrappings, best first
+                state = state[name] if isinstance(state.get(name), dict) else state
+            return dict(state)
 
-def read_safetensors(path: str | Path) -> Weights:
-    """8 bytes of header length, a JSON header, tensors."""
-    raw = np.memmap(path, np.uint8, "c")
-    begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-    header = json.loads(raw[8:begin].tobytes())
-    header.pop("__metadata__", None)
-    body, tensors = torch.from_numpy(raw)[begin:], {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        part = body[start:stop].clone()  # torch needs an aligned address
-        tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+        raw, tensors = torch.from_numpy(np.memmap(path, np.uint8, "c")), {}
+        begin = 8 + int.from_bytes(bytes(raw[:8]), "little")
+        header = json.loads(bytes(raw[8:begin]))  # then come the tensors
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            part = raw[begin:][start:stop].clone()  # torch needs an aligned address
+            tensors[name] = part.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return tensors
 
-def fold_layer_scale(weights: Weights, attention: str, mlp: str) -> None:
+def fold_layer_scale(weights: Weights, attention: str, mlp: str):
     """Multiply LayerScale (`ls1.gamma`, `ls2.gamma`) into the matrices of these names."""
     for block in {key[:-9] for key in weights if key.endswith(("ls1.gamma", "ls2.gamma"))}:
         for scale, layer in (("ls1", block + attention), ("ls2", block + mlp)):
             gamma, bias = weights.pop(f"{block}{scale}.gamma"), weights[f"{layer}.bias"]
             weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * gamma[:, None]
-            weights[f"{layer}.bias"] = bias * gamma.view_as(bias)  # a gamma of another size fails
+            weights[f"{layer}.bias"] = bias * gamma.view_as(bias)  # of one size
 
 # ---- Frozen networks: vision transformers, LPIPS, Inception
 
@@ -100,6 +96,7 @@ KEY_MAP = {  # names in the public files -> in torch's own layer
     "patch_embedding": "patch_embed", "patch_embed.proj": "patch_embed", "blocks.": "layers.",
     "attn.qkv.": "self_attn.in_proj_", "attn.proj": "self_attn.out_proj", "mlp.fc": "linear",
     "post_layernorm": "norm", "layer_norm": "norm"}
+# SigLIP's text half and pooling; training's mask
 UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
 
 def freeze(net: nn.Module, dist: Dist) -> nn.Module:
@@ -111,14 +108,11 @@ class VisionTransformer(nn.Module):
     def __init__(self, weights: Weights, kind: str, heads: int = 0):
         super().__init__()
         with reading("the file", f"{kind} weights"):
-            w = {}
-            for key, value in weights.items():
-                if not UNUSED.match(key):  # SigLIP's text half and pooling; training's mask
-                    for old, new in KEY_MAP.items():
-                        key = key.replace(old, new)
-                    w[key] = value.float()
+            w = {key: value.float() for key, value in weights.items() if not UNUSED.match(key)}
+            for old, new in KEY_MAP.items():
+                w = {key.replace(old, new): value for key, value in w.items()}
             fold_layer_scale(w, "self_attn.out_proj", "linear2")
-            for key in [key for key in w if ".q_proj." in key]:  # SigLIP has three matrices for one
+            for key in [key for key in w if ".q_proj." in key]:  # SigLIP's three matrices
                 parts = [w.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
                 w[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
 
@@ -130,13 +124,13 @@ class VisionTransformer(nn.Module):
             registers = w.pop("register_tokens", pos[:, :0])
 
             # DINO was trained with exact GELU; published discriminators on it use tanh's.
-            gelu = F.gelu if kind == "dinov2" else functools.partial(F.gelu, approximate="tanh")
+            gelu = F.gelu if kind == "dinov2" else partial(F.gelu, approximate="tanh")
             heads = heads or (16 if width == 1152 else max(1, width // 64))  # 1152: so400m
             layer = width, heads, len(w["layers.0.linear1.weight"]), 0, gelu, 1e-6, True, True
             depth = sum(key.endswith(".linear1.weight") for key in w)
             with torch.device("meta"):  # no memory: the weights move in
                 self.patch_embed = nn.Conv2d(3, width, patch, patch)
-                self.layers = nn.ModuleList(nn.TransformerEncoderLayer(*layer) for _ in range(depth))
+                self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(*layer) for _ in range(depth)))
                 self.norm = nn.LayerNorm(width, 1e-6)
             self.load_state_dict(w, assign=True)
 
@@ -149,29 +143,25 @@ class VisionTransformer(nn.Module):
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Patch positions, 1 x rows*columns x D, stretched as in the network's own code."""
         m = math.isqrt(self.pos_embed.shape[1])
         if rows == columns == m:
             return self.pos_embed
         table = self.pos_embed.unflatten(1, (m, m)).permute(0, 3, 1, 2)  # 1 x D x m x m
-        if self.kind == "siglip" or self.registers:  # DINOv2 with registers smooths, SigLIP does not
-            table = F.interpolate(table, (rows, columns), mode="bicubic", antialias=bool(self.registers))
-        else:  # the kernel takes this scale, not rows / m
-            table = F.interpolate(table, scale_factor=((rows + 0.1) / m, (columns + 0.1) / m), mode="bicubic")
-        return table.flatten(2).transpose(1, 2)
+        size, scale = (rows, columns), None
+        if self.kind != "siglip" and not self.registers:  # the kernel takes this scale, not rows / m
+            size, scale = None, ((rows + 0.1) / m, (columns + 0.1) / m)
+        smooth = bool(self.registers)  # DINOv2 with registers
+        table = F.interpolate(table, size, scale, "bicubic", antialias=smooth)
+        return table.flatten(2).transpose(1, 2)  # 1 x rows*columns x D
 
     def embed(self, x: Tensor) -> Tensor:
-        """Normalised images -> class token, registers, patches: the first layer's input."""
+        """Normalised images -> class token, registers, patches."""
         x = self.patch_embed(x)  # B x D x rows x columns
         tokens = x.flatten(2).transpose(1, 2) + self.positions(*x.shape[-2:])  # B x N x D
         return torch.cat([self.prefix_tokens.expand(len(x), -1, -1), tokens], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images -> tokens after the last norm, B x (prefix + registers + N) x D."""
-        x = self.embed(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        return self.norm(self.layers(self.embed(x)))  # B x (prefix + registers + N) x D
 
     def normalise(self, image: Tensor) -> Tensor:
         return (image * 0.5 + 0.5 - self.rgb[0]) / self.rgb[1]
@@ -182,14 +172,14 @@ class VisionTransformer(nn.Module):
         size = grid * self.patch
         if image.shape[-1] != size:
             image = F.interpolate(image, size, mode="bicubic", antialias=True)
-        return self(self.normalise(image))[:, self.prefix + self.registers:].float()
+        tokens = self(self.normalise(image))
+        return tokens[:, self.prefix + self.registers:].float()
 
 def load_vit(name: str, folder: str, dist: Dist, hint: str) -> VisionTransformer:
-    """A frozen transformer of WEIGHTS; the first word of its name is its kind."""
-    weights = pretrained(name, folder, dist, hint)
-    return freeze(VisionTransformer(weights, re.split("[_-]", name)[0]), dist)
+    kind = re.split("[_-]", name)[0]  # dino, dinov2, siglip
+    return freeze(VisionTransformer(pretrained(name, folder, dist, hint), kind), dist)
 
-def convolution(weight: Tensor, bias: Tensor, stride: int = 1, padded: bool = True) -> nn.Conv2d:
+def convolution(weight: Tensor, bias: Tensor, stride=1, padded=True) -> nn.Conv2d:
     out, channels, *kernel = weight.shape
     conv = nn.Conv2d(channels, out, kernel, stride, [k // 2 * padded for k in kernel])
     conv.load_state_dict({"weight": weight, "bias": bias})
@@ -205,52 +195,54 @@ class Lpips(nn.Module):
         self.stages, self.heads = nn.ModuleList(), nn.ParameterList()
         with reading("the file", "weights of VGG16 or LPIPS"):
             for i, numbers in enumerate(self.STAGES):
-                stage = nn.Sequential()
+                self.stages.append(nn.Sequential())
                 for n in numbers:
                     conv = convolution(vgg[f"features.{n}.weight"], vgg[f"features.{n}.bias"])
-                    stage.extend([conv, nn.ReLU()])
-                self.stages.append(stage)
+                    self.stages[i].extend([conv, nn.ReLU()])
                 self.heads.append(heads[f"lin{i}.model.1.weight"].float())
         rgb = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])  # mean, std
         self.register_buffer("rgb", rgb[..., None, None])
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Five activations of VGG16, each of unit length over its channels."""
         x = (x - self.rgb[0]) / self.rgb[1]
         x = x.contiguous(memory_format=torch.channels_last)
         features = []
         for i, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if i else x)
-            square = x.float().square().sum(1, keepdim=True)
+            square = x.float().square().sum(1, keepdim=True)  # B x 1 x h x w
             features.append(x.float() / (square + 1e-20).sqrt())  # at 0 its gradient is 0
         return features
 
     def layers(self, a: Tensor, b: Tensor) -> Tensor:
-        """The five parts of the distance, B x 5."""
-        parts = zip(self.heads, self.features(a), self.features(b))
-        parts = [(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in parts]
-        return torch.stack(parts, 1)
+        pairs = zip(self.heads, self.features(a), self.features(b))
+        parts = [(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in pairs]
+        return torch.stack(parts, 1)  # B x 5
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return self.layers(a, b).sum(1)
 
 def load_lpips(folder: str, dist: Dist) -> Lpips:
-    vgg, heads = (pretrained(name, folder, dist, "--lpips 0") for name in ("vgg16-397923af", "lpips_vgg"))
+    vgg, heads = (pretrained(name, folder, dist, "--lpips 0") for name in (VGG, "lpips_vgg"))
     return freeze(Lpips(vgg, heads), dist)
 
 STEM = "1a_3x3 2a_3x3 2b_3x3 pool 3b_1x1 4a_3x3 pool"
 STRIDED = re.compile(r"Conv2d_1a|Mixed_6a.branch3x3(dbl_3)?$|Mixed_7a.branch(3x3_2|7x7x3_4)")
 UNPADDED = re.compile(rf"{STRIDED.pattern}|Conv2d_[24]a")
-BRANCHES = {  # by the kind of block: chains of convolutions
-    "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
-    "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
-    "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
-    "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
-    "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b")}
-BLOCKS = "5bA 5cA 5dA 6aB 6bC 6cC 6dC 6eC 7aD 7bE 7cE"
+BRANCHES = {  # by the kind of block: chains of convolutions and pools, a|b side by side
+    "A": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "mean _pool"),
+    "B": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3", "pool"),
+    "C": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5", "mean _pool"),
+    "D": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4", "pool"),
+    "E": ("1x1", "3x3_1 3x3_2a|3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a|3x3dbl_3b", "mean _pool")}
+BRANCHES["F"] = *BRANCHES["E"][:3], "max _pool"
+BLOCKS = "5bA 5cA 5dA 6aB 6bC 6cC 6dC 6eC 7aD 7bE 7cF"
+POOLS = {
+    "pool": lambda x: F.max_pool2d(x, 3, 2),
+    "max": lambda x: F.max_pool2d(x, 3, 1, 1),
+    "mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)}  # torchvision counts it
 
 class Inception(nn.Module):
-    """FID's Inception of 2015: uint8 B x 3 x H x W -> pool B x 2048, spatial B x 2023, logits B x 1008."""
+    """FID's Inception of 2015: uint8 images -> pool, spatial, logits."""
 
     def __init__(self, weights: Weights, resize: str = "tf1"):
         super().__init__()
@@ -266,9 +258,11 @@ class Inception(nn.Module):
                 self.convs[name.replace(".", "/")] = conv  # a module's name holds no dot
 
     def chain(self, x: Tensor, names: str, at: str) -> Tensor:
-        """Convolutions one after the other, a|b side by side."""
         for name in names.split():
-            x = torch.cat([F.relu(self.convs[at + part](x)) for part in name.split("|")], 1)
+            if name in POOLS:
+                x = POOLS[name](x)
+            else:
+                x = torch.cat([F.relu(self.convs[at + part](x)) for part in name.split("|")], 1)
         return x
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,22 +271,14 @@ class Inception(nn.Module):
         else:  # pytorch-fid
             x = 2 * F.interpolate(images.float() / 255, 299, mode="bilinear") - 1
         x = x.contiguous(memory_format=torch.channels_last)
-        for name in STEM.split():
-            x = F.max_pool2d(x, 3, 2) if name == "pool" else self.chain(x, name, "Conv2d_")
-
+        x = self.chain(x, STEM, "Conv2d_")
         for block in BLOCKS.split():
-            at, kind = f"Mixed_{block[:2]}/branch", block[2]
-            parts = [self.chain(x, names, at) for names in BRANCHES[kind]]
-            if kind in "BD":
-                parts.append(F.max_pool2d(x, 3, 2))
-            elif block == "7cE":
-                parts.append(self.chain(F.max_pool2d(x, 3, 1, 1), "_pool", at))
-            else:  # torchvision counts padded pixels, too
-                parts.append(self.chain(F.avg_pool2d(x, 3, 1, 1, count_include_pad=False), "_pool", at))
+            at = f"Mixed_{block[:2]}/branch"
+            parts = [self.chain(x, names, at) for names in BRANCHES[block[2]]]
             if block == "6dC":  # 17 x 17 x 7, flattened H, W, C
-                spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()
+                spatial = parts[0][:, :7].permute(0, 2, 3, 1).flatten(1).float()  # B x 2023
             x = torch.cat(parts, 1)
-        pool = x.float().mean((2, 3))
+        pool = x.float().mean((2, 3))  # B x 2048
         return pool, spatial, pool @ self.fc.T  # the Inception Score leaves out the bias
 
 def load_inception(folder: str, dist: Dist, resize: str = "tf1") -> Inception:
@@ -306,6 +292,7 @@ class LazyImages:
     """n images, made when asked for: make(index array) -> uint8 B x 3 x S x S."""
     n: int
     make: Callable
+    from_files: bool = False  # then a thread reads ahead
 
     def __len__(self) -> int:
         return self.n
@@ -313,13 +300,20 @@ class LazyImages:
     def __getitem__(self, index: np.ndarray) -> Tensor:
         return self.make(index)
 
-Images = ImageSet | LazyImages
+def in_batches(images, dist: Dist, batch: int):
+    """This process's share, as (first index, uint8 B x 3 x S x S on the device)."""
+    n, step, reader, ahead = len(images), dist.world_size * batch, ThreadPoolExecutor(1), None
+    from_files = getattr(images, "from_files", True)  # an ImageSet's are
 
-def in_batches(images: Images, dist: Dist, batch: int):
-    """This process's share, as (indices, uint8 B x 3 x S x S on the device)."""
-    parts = torch.arange(len(images)).split(batch)[dist.rank::dist.world_size]
-    for index in tqdm(parts, desc="features", leave=False, disable=None if dist.is_main else True):
-        yield index, images[index.numpy()].to(dist.device)
+    def read(start):
+        x = images[np.arange(start, min(start + batch, n))]
+        return x.pin_memory() if from_files and dist.device.type == "cuda" else x
+
+    starts = range(dist.rank * batch, n, step)
+    for start in tqdm(starts, desc="features", leave=False, disable=not dist.is_main or None):
+        x = ahead.result() if ahead else read(start)
+        ahead = reader.submit(read, start + step) if from_files and start + step < n else None
+        yield start, x.to(dist.device, non_blocking=True)
 
 class Moments:
     """Mean and covariance of features (B x D), in float64, over batches and processes."""
@@ -327,7 +321,7 @@ class Moments:
     def __init__(self, width: int, device: torch.device):
         self.sums = torch.zeros(width + 1, width + 1, device=device).double()
 
-    def add(self, features: Tensor) -> None:
+    def add(self, features: Tensor):
         # Multiples of 2^-15 sum up exactly: no bit depends on order or batches.
         x = (features.double() * 2**15).round() / 2**15
         x = F.pad(x, (0, 1), value=1.0)  # a column of ones counts and sums
@@ -342,7 +336,7 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64."""
     mean1, cov1, mean2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mean1, cov1, mean2, cov2))
     with reading("a mean or covariance", "finite and of the right size"):
-        # Eigenvalues of the symmetric C1^(1/2) C2 C1^(1/2) are real at any rank; scipy's sqrtm is not.
+        # Eigenvalues of C1^(1/2) C2 C1^(1/2) are real at any rank; scipy's sqrtm is not
         values, vectors = torch.linalg.eigh(cov1)
         root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
         cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -376,68 +370,60 @@ def inception_score(logits: Tensor, block: int = 5000) -> float:
     return torch.stack(scores).mean().item()
 
 def knn_radii(x: Tensor) -> Tensor:
-    """Distance of each point (n x D) to its third nearest other point."""
+    # The fourth: each point, n x D, is its own nearest
     return torch.cat([torch.cdist(part, x).kthvalue(4).values for part in x.split(2000)])
 
 def precision_recall(reference: Tensor, samples: Tensor) -> tuple:
     """Share of samples within a radius of the reference, and the reverse (Kynkaanniemi 2019)."""
-    def covered(points, centres):
+    shares = []
+    for points, centres in ((samples, reference), (reference, samples)):
         radii = knn_radii(centres)  # in parts, as n x n distances would not fit
         hits = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(2000)]
-        return torch.cat(hits).double().mean().item()
-
-    return covered(samples, reference), covered(reference, samples)
-
-STATISTICS = "mu", "sigma", "mu_s", "sigma_s"
+        shares.append(torch.cat(hits).double().mean().item())
+    return tuple(shares)
 
 @torch.no_grad()
-def inception_statistics(net: Inception, images: Images, dist: Dist, batch: int = 100, every: int = 1) -> dict:
-    """STATISTICS of uint8 images; pool features and logits of one in `every`."""
+def inception_statistics(net: Inception, images, dist: Dist, batch=100, every=1) -> dict:
+    """Moments of uint8 images; pool features and logits of one in `every`."""
     moments = Moments(2048, dist.device), Moments(2023, dist.device)
     rows = torch.zeros(math.ceil(len(images) / every), 2048 + 1008, device=dist.device)
-    for index, x in in_batches(images, dist, batch):
+    for start, x in in_batches(images, dist, batch):
         with dist.autocast():
             pool, spatial, logits = net(x)
         moments[0].add(pool)
         moments[1].add(spatial)
-        kept = index % every == 0
-        rows[index[kept] // every] = torch.cat([pool, logits], 1)[kept]  # each process fills its own
+        kept = torch.cat([pool, logits], 1)[-start % every::every]
+        rows[math.ceil(start / every):][:len(kept)] = kept  # each process fills its own
 
     pool, logits = dist.all_reduce(rows).split([2048, 1008], 1)
-    moments = *moments[0].finish(dist), *moments[1].finish(dist)
-    return {"features": pool, "logits": logits} | dict(zip(STATISTICS, moments))
+    (mu, sigma), (mu_s, sigma_s) = (m.finish(dist) for m in moments)
+    return {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "features": pool, "logits": logits}
 
 # ---- Reconstructions
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """PSNR in dB of pairs of uint8 images, at most 100."""
     error = ((a.double() - b.double()) / 255).square().flatten(1).mean(1)
-    return (-10 * error.log10()).clamp(max=100)
+    return (-10 * error.log10()).clamp(max=100)  # B, in dB
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of pairs of uint8 images (Wang 2004): 11-pixel Gaussian, deviation 1.5."""
+def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
+    """SSIM of pairs of uint8 images (Wang 2004). `flat`: the paper's, on [-1, 1]."""
+    span, correction = (2, 49 / 48) if flat else (1, 1)  # sample covariance
     w = torch.exp(-0.5 * (torch.arange(-5, 6, device=a.device).double() / 1.5) ** 2)
-    return ssim_under(torch.outer(w, w) / w.sum() ** 2, a.double() / 255, b.double() / 255)
-
-def ssim_7x7_range2(a: Tensor, b: Tensor) -> Tensor:
-    """The paper's: flat 7 x 7 window, sample covariance, on [-1, 1]."""
-    w = torch.full((7, 7), 1 / 49, device=a.device).double()
-    return ssim_under(w, a.double() / 127.5 - 1, b.double() / 127.5 - 1, 2, 49 / 48)
-
-def ssim_under(w: Tensor, a: Tensor, b: Tensor, span: float = 1, correction: float = 1) -> Tensor:
-    """SSIM with window w, for values that span so much: B values."""
-    w = w.expand(a.shape[1], 1, -1, -1)
-    blur = functools.partial(F.conv2d, weight=w, groups=a.shape[1])  # each channel by itself
+    gauss = torch.outer(w, w) / w.sum() ** 2
+    w = torch.full((7, 7), 1 / 49, device=a.device).to(w) if flat else gauss
+    blur = partial(F.conv2d, weight=w.expand(a.shape[1], 1, -1, -1), groups=a.shape[1])
+    a, b = (x.double() / (255 / span) - (span - 1) for x in (a, b))
     ma, mb = blur(a), blur(b)
     moments = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
     va, vb, cov = (correction * x for x in moments)
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2  # flat images: no division by zero
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
-    return score.flatten(1).mean(1)
+    return score.flatten(1).mean(1)  # B
+
+ssim_7x7_range2 = partial(ssim, flat=True)
 
 @torch.no_grad()
-def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, classifier_fd=None,
-                           lpips=None, weights: str | None = None) -> dict:
+def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=None, weights=None) -> dict:
     """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
     metrics = {"psnr": psnr}
     if images.size > 10:  # SSIM's window has 11 pixels
@@ -450,8 +436,8 @@ def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, 
         sums += torch.stack([f(x, y).double().sum() for f in metrics.values()])  # in fp32 or more
     scores = dict(zip(metrics, (dist.all_reduce(sums) / len(images)).tolist()))
     lazy = LazyImages(len(images), lambda i: reconstruct(images[i].to(dist.device)))
-    if classifier_fd:
-        scores["fd_classifier"] = classifier_fd.score(lazy)[0]["fd_classifier"]
+    if judge:
+        scores["fd_classifier"] = judge.score(lazy)[0]["fd_classifier"]
     if weights is not None:
         fp32 = replace(dist, precision="fp32")
         net = load_inception(weights, fp32)
@@ -461,29 +447,29 @@ def reconstruction_metrics(reconstruct: Callable, images: ImageSet, dist: Dist, 
 
 # ---- Latents: linear probe and Gaussian mixtures (paper, Fig. 2a, 5a, App. B.3)
 
-def linear_probe(train_z, train_y, val_z, val_y, classes: int, iterations: int = 100) -> float:
-    """Accuracy of logistic regression on the flattened, standardised latents. Of many classes in fp32: memory."""
-    large = train_z[0].numel() * classes > 2e6
-    dtype = torch.float32 if large else torch.float64
-    z, v = train_z.flatten(1).to(dtype), val_z.flatten(1).to(dtype)  # n x L*H
+def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iterations=100) -> float:
+    """Accuracy of logistic regression on standardised latents, fitted on `device`."""
+    large = train_z[0].numel() * classes > 2e6  # float64 would not fit
+    dtype, history = (torch.float32, 3) if large else (torch.float64, 100)
+    z, v = (x.flatten(1).to(device, dtype) for x in (train_z, val_z))  # n x L*H
+    y = train_y.to(z.device)
     mean, std = z.mean(0), z.std(0) + 1e-6
     z, v = (F.pad((x - mean) / std, (0, 1), value=1.0) for x in (z, v))  # for the bias
-    w = torch.zeros(z.shape[1], classes, dtype=dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([w], max_iter=iterations, history_size=3 if large else 100, line_search_fn="strong_wolfe")
+    w = z.new_zeros(z.shape[1], classes, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=iterations, history_size=history, line_search_fn="strong_wolfe")
 
     def objective():
         solver.zero_grad()
-        loss = F.cross_entropy(z @ w, train_y) + 1e-4 * w.square().sum()
+        loss = F.cross_entropy(z @ w, y) + 1e-4 * w.square().sum()
         loss.backward()
         return loss
 
     solver.step(objective)
-    return ((v @ w).argmax(1) == val_y).double().mean().item()
+    return ((v @ w).argmax(1) == val_y.to(z.device)).double().mean().item()
 
-def gmm_log_prob(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
-    """log(weight * density) of n points under K Gaussians, n x K."""
+def gmm_log_prob(x, weights, means, covariances) -> Tensor:
     parts = [MultivariateNormal(m, c).log_prob(x) for m, c in zip(means, covariances)]
-    return torch.stack(parts, 1) + weights.log()
+    return torch.stack(parts, 1) + weights.log()  # n x K
 
 def fit_gmm(x: Tensor, k: int) -> tuple:
     """Weights, means, full covariances (plus 1e-3) of k Gaussians: EM from k-means++."""
@@ -504,7 +490,7 @@ def fit_gmm(x: Tensor, k: int) -> tuple:
         last = total.mean()
     return weights, means, covariances
 
-def gmm_nll_curve(train_z: Tensor, val_z: Tensor, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
+def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
     """Held-out negative log-likelihood per dimension of mixtures, after PCA to `dims`."""
     axes = torch.linalg.eigh(torch.cov(train_z.double().T))[1].flip(1)  # largest first
     z, v = (x.double() @ axes[:, :dims] for x in (train_z, val_z))
@@ -523,19 +509,18 @@ class Classifier(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.width, self.stages = 192, nn.Sequential()
-        for i, o in itertools.pairwise((3, 32, 64, 128, 192)):
+        for i, o in pairwise((3, 32, 64, 128, 192)):
             conv = nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False)
             self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.GELU()))
         self.head = nn.Linear(192, classes)
-        # Of the features of the training images:
-        self.register_buffer("mean", torch.zeros(192).double())
+        self.register_buffer("mean", torch.zeros(192).double())  # of the training images
         self.register_buffer("cov", torch.zeros(192, 192).double())
 
     def maps(self, x: Tensor) -> Tensor:
-        """The last convolution: B x 192 x S/8 x S/8, with S at most 64."""
         if x.shape[-1] > 64:
             x = F.interpolate(x, 64, mode="area")
-        return self.stages(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.stages(x)  # B x 192 x S/8 x S/8
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.maps(x).mean((2, 3))
@@ -543,22 +528,25 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def patch_features(self, x: Tensor, grid: int) -> Tensor:
-        """B x grid*grid x 192: the maps, averaged over patches, or repeated."""
-        return F.adaptive_avg_pool2d(self.maps(x), grid).flatten(2).transpose(1, 2).float()
+        maps = F.adaptive_avg_pool2d(self.maps(x), grid)  # averaged, or repeated
+        return maps.flatten(2).transpose(1, 2).float()  # B x grid*grid x 192
 
     @torch.no_grad()
-    def score(self, images: Images, dist: Dist) -> tuple[tuple, Tensor]:
-        """(mean, covariance) of the features of uint8 images, and the class of each."""
+    def score(self, images, labels=None, *, dist: Dist) -> tuple[dict, tuple]:
+        """({fd_classifier, images, class_accuracy}, (mean, covariance)) of uint8 images."""
         moments = Moments(192, dist.device)
         found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
-        for index, x in in_batches(images, dist, 500):
+        for start, x in in_batches(images, dist, 500):
             features, logits = self(to_float(x))
             moments.add(features)
-            found[index] = logits.argmax(1)
-        return moments.finish(dist), dist.all_reduce(found).cpu()
+            found[start:start + len(x)] = logits.argmax(1)
+        moments, found = moments.finish(dist), dist.all_reduce(found).cpu().numpy()
+        row = {"fd_classifier": frechet_distance(self.mean, self.cov, *moments), "images": len(images)}
+        if labels is not None:
+            row["class_accuracy"] = (found == np.asarray(labels)).mean().item()
+        return row, moments
 
-def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 800) -> Classifier:
-    """Fit the classifier in one process."""
+def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classifier:
     torch.manual_seed(seed)
     net = Classifier(len(images.classes)).to(dist.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=0.05)
@@ -582,7 +570,7 @@ def train_classifier(images: ImageSet, dist: Dist, seed: int = 0, steps: int = 8
     return net.eval().requires_grad_(False)
 
 def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> Classifier:
-    """The frozen classifier of a data set, trained once, kept in the cache, or in `out` if that is read-only."""
+    """The frozen classifier of a data set, kept in the cache, or in `out` if that is read-only."""
     # Seed 0 scores images, seed 1 teaches the tokenizer: no network scores what it has taught.
     if len(images.classes) < 2:
         die("a classifier needs two classes or more")
@@ -590,34 +578,26 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     if cache_dir().exists() and not os.access(cache_dir(), os.W_OK) and not path.exists():
         path = Path(out) / path.name
 
-    def load():
+    net = Classifier(len(images.classes)).to(dist.device)
+    if dist.is_main:
         if not path.exists():
             dist.print("training a small classifier, once for this data set")
-            net = train_classifier(images, dist.alone(), seed)
-            (net.mean, net.cov), _ = net.score(images, dist.alone())
-            dist.save(path, {"model": net.state_dict()})
-        return read_weights(path)
-
-    weights = dist.rank0_first(load)
-    net = Classifier(len(images.classes))
-    net.load_state_dict(weights)
+            trained = train_classifier(images, dist.alone(), seed)
+            _, (trained.mean, trained.cov) = trained.score(images, dist=dist.alone())
+            dist.save(path, {"model": trained.state_dict()})
+        net.load_state_dict(read_weights(path))
+    dist.barrier()
+    for x in net.state_dict().values() if dist.world_size > 1 else ():
+        distributed.broadcast(x, 0)  # other nodes may not see the file
     return freeze(net, dist).to(memory_format=torch.channels_last)
 
 class ClassifierFD:
     """Distance to the training images; `reference` is the score of the validation images."""
 
     def __init__(self, train: ImageSet, val: ImageSet, dist: Dist, out: str):
-        self.dist, self.net = dist, cached_classifier(train, dist, out)
+        self.net = cached_classifier(train, dist, out)
+        self.score = partial(self.net.score, dist=dist)
         self.reference, _ = self.score(val, val.labels)
-
-    def score(self, images: Images, labels=None) -> tuple[dict, tuple]:
-        """({fd_classifier, images, class_accuracy}, (mean, covariance) of the images)."""
-        moments, found = self.net.score(images, self.dist)
-        distance = frechet_distance(self.net.mean, self.net.cov, *moments)
-        row = {"fd_classifier": distance, "images": len(images)}
-        if labels is not None:
-            row["class_accuracy"] = (found == torch.as_tensor(labels)).double().mean().item()
-        return row, moments
 
 # ---- Command line
 
@@ -635,18 +615,17 @@ class Config:
     precision: str = option("fp32", "bf16 moves a FID slightly", ("auto", "fp32", "bf16"))
     dims: int = option(0, "of the mixtures; 0: 90 % of the variance")
 
-    def check(self) -> None:
+    def check(self):
         if self.task != "score" and not (self.samples and self.out):
             raise ValueError(f"{self.task} needs names and --out")
 
 def arguments(argv: list[str]) -> list[str]:
     """`A B`, `stats B` and `latents CKPT ...` as flags."""
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    flags = argv[len(words):]
+    words = list(takewhile(lambda word: word[:1] != "-", argv))
     if words[:1] in (["stats"], ["latents"]):
-        return ["--task", words[0], "--samples", ",".join(words[1:]), *flags]
-    if len(words) == 2:
-        return ["--samples", words[0], "--data", words[1], "--features", "fid", *flags]
+        argv[:len(words)] = ["--task", words[0], "--samples", ",".join(words[1:])]
+    elif len(words) == 2:
+        argv[:2] = ["--samples", words[0], "--data", words[1], "--features", "fid"]
     return argv
 
 def open_set(name: str, size: int, dist: Dist) -> tuple:
@@ -654,53 +633,62 @@ def open_set(name: str, size: int, dist: Dist) -> tuple:
     path = Path(name)
     if path.is_file():
         return open_npz(path)
-    if (path / "packed.json").is_file():
-        size = 0  # as packed
-    elif path.is_dir():
+    packed = (path / "packed.json").is_file()
+    if path.is_dir() and not packed:
         return open_folder(path), {}
-    elif not size:
+    if not size and not packed:
         die(f"{name}: no such file or folder; for a data set, give --size")
-    return dist.rank0_first(lambda: ImageSet(name, size, "train")), {}
+    return dist.rank0_first(lambda: ImageSet(name, size * (not packed), "train")), {}
 
 def open_folder(root: Path) -> LazyImages:
     names = sorted(find_images(root)[0]) or die(f"{root}: no images found")
-    pool = ThreadPoolExecutor()
+    pool, shape = ThreadPoolExecutor(os.cpu_count()), None
 
-    def load(name):
-        with reading(name, "an image"):
-            return read_image(name, 0)
+    def load(i):
+        with reading(names[i], "an image like the others"):
+            image = read_image(names[i], 0)
+            if shape and image.shape != shape:
+                raise ValueError("it is of another size; data.py makes one size")
+        return image
 
     def read(index):
-        images = list(pool.map(load, [names[0], *(names[i] for i in index)]))
-        for i, image in zip(index, images[1:]):
-            if image.shape != images[0].shape:
-                die(f"{names[i]} is {image.shape[1]} x {image.shape[0]}, {names[0]} another size; data.py makes one size")
-        return torch.from_numpy(np.stack(images[1:])).permute(0, 3, 1, 2)
+        images = np.stack(list(pool.map(load, index)))
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    return LazyImages(len(names), read)
+    shape = load(0).shape
+    return LazyImages(len(names), read, from_files=True)
 
 def open_npz(path: Path) -> tuple:
-    with reading(path, "an npz file of images (arr_0) or statistics"), np.load(path) as file:
-        arrays = dict(file)
-        pixels = arrays.pop("arr_0", None)
-        if pixels is None:
+    with reading(path, "an npz file of images (arr_0) or statistics"), np.load(path) as npz:
+        arrays = {name: npz[name] for name in npz.files if name != "arr_0"}
+        if "arr_0" not in npz.files:
             return None, {"mu": arrays["mu"], "sigma": arrays["sigma"]} | arrays
+        entry = npz.zip.getinfo("arr_0.npy")
+        if entry.compress_type or npz.zip.testzip():
+            pixels = npz["arr_0"]  # or says what is damaged
+        else:  # it may be larger than memory
+            with open(path, "rb") as file:
+                file.seek(entry.header_offset + 26)  # lengths of a name and of extra fields
+                file.seek(sum(np.fromfile(file, "<u2", 2)), os.SEEK_CUR)
+                np.lib.format.read_magic(file)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                pixels = np.memmap(file, dtype, "c", file.tell(), shape, "CF"[fortran])
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
             raise ValueError("arr_0 is not uint8 n x S x S x 3")
         if len(arrays.get("labels", pixels)) != len(pixels):
             raise ValueError(f"{len(arrays['labels'])} labels for {len(pixels)} images")
         arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    return LazyImages(len(pixels), lambda i: pixels[i]), arrays
+    return LazyImages(len(pixels), lambda i: pixels[i], from_files=True), arrays
 
-def inception_scores(cfg: Config, dist: Dist, images: LazyImages, reference, statistics: dict) -> dict:
+def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dict) -> dict:
     """FID, sFID, IS, precision, recall against reference images or statistics."""
     made_with = str(statistics.get("resize", cfg.resize))
     if made_with != cfg.resize:
-        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that, or make it again")
+        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that")
     net = load_inception(cfg.weights, dist, cfg.resize)
     if reference and images[np.arange(1)].shape != reference[np.arange(1)].shape:
-        dist.print(f"A and B differ in size: both are resized to 299 px (--resize {cfg.resize})")
+        dist.print("A and B differ in size: both are resized to 299 px")
     a = inception_statistics(net, images, dist, cfg.batch_size)
     b, row = {}, {"resize": cfg.resize, "inception_score": inception_score(a["logits"])}
     if reference:
@@ -717,58 +705,57 @@ def inception_scores(cfg: Config, dist: Dist, images: LazyImages, reference, sta
             row[name] = frechet_distance(a[mean], a[cov], b[mean], b[cov])
     fewest = min(len(images), row["n_reference"] or 2048)
     if fewest < 2048:
-        dist.print(f"{fewest} images, fewer than 2,048, as many as features: the FID is too high")
+        dist.print(f"{fewest} images, fewer than 2,048 features: the FID is too high")
     return row
 
-def score(cfg: Config, dist: Dist) -> None:
+def score(cfg: Config, dist: Dist):
     """Samples against a data set -> metrics.json."""
     images, beside = open_set(cfg.samples, cfg.size, dist)
     if "mu" in beside:
         die(f"{cfg.samples} holds statistics: give it second, as B")
-    size, meta = cfg.size or images[np.arange(1)].shape[-1], beside.get("meta", {})
+    size = cfg.size or images[np.arange(1)].shape[-1]
+    meta, labels = beside.get("meta", {}), beside.get("labels")
     data = cfg.data or meta.get("data") or die(f"{cfg.samples} does not name its data set: give --data")
-    out = Path(cfg.out) if cfg.out else Path(cfg.samples).absolute().with_name("metrics.json")
-    rows = {"samples": {"images": len(images)}}
+    out = Path(cfg.out or Path(cfg.samples).absolute().with_name("metrics.json"))
+    n, rows = len(images), {"samples": {"images": len(images)}}
     if cfg.features != "classifier":
         rows["samples"] |= inception_scores(cfg, dist, images, *open_set(data, size, dist))
     if cfg.features != "fid":
         train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])
-        labels = beside.get("labels")
-        if labels is not None:
-            labels = labels.astype(np.int64)
-            if not 0 <= labels.min() <= labels.max() < len(train.classes):
-                die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(train.classes)} classes")
-        if beside.get("classes", np.array(train.classes)).tolist() != list(train.classes):
+        classes = list(train.classes)
+        if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
+            die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(classes)} classes")
+        if list(beside.get("classes", classes)) != classes:
             dist.print(f"{cfg.samples} and {data} have other classes: class_accuracy is left out")
             labels = None
-        if len(train.classes) > 1:
+        if len(classes) > 1:
             judge = ClassifierFD(train, val, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
             rows["validation_images"] = judge.reference
-            if len(images) <= judge.net.width:
-                dist.print(f"{len(images)} images, no more than {judge.net.width} features: fd_classifier is too high")
+            if n <= (d := judge.net.width):
+                dist.print(f"{n} images, no more than {d} features: fd_classifier is too high")
         else:
             dist.print(f"{data} has one class only: no fd_classifier, which needs labels")
 
-    dist.print(json.dumps(rows, indent=1))  # what was computed is shown also if it cannot be written
+    dist.print(json.dumps(rows, indent=1))  # also if it cannot be written
     dist.make_out_dir(out.parent)
     dist.save(out, rows | {"against": data, "sampling": meta, "precision": dist.precision})
     dist.print(f"wrote {out}")
 
-def write_statistics(cfg: Config, dist: Dist) -> None:
-    """Statistics of all images of a set, and up to 10,000 of the images -> npz."""
+def write_statistics(cfg: Config, dist: Dist):
+    """Statistics of all images of a set, and up to 10,000 of them -> npz."""
     images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
     net = load_inception(cfg.weights, dist, cfg.resize)
     stats = inception_statistics(net, images, dist, cfg.batch_size)
+    del stats["features"], stats["logits"]
     dist.make_out_dir(Path(cfg.out).parent)
     if dist.is_main:
-        index = np.arange(0, len(images), math.ceil(len(images) / 10_000))
-        pixels = images[index].permute(0, 2, 3, 1)
+        some = images[np.arange(0, len(images), math.ceil(len(images) / 10_000))]
         with writing(cfg.out) as file:
-            np.savez(file, arr_0=pixels, n=len(images), resize=cfg.resize, **{key: stats[key] for key in STATISTICS})
+            np.savez(file, arr_0=some.permute(0, 2, 3, 1), n=len(images), resize=cfg.resize, **stats)
     dist.print(f"wrote {cfg.out}")
 
-def compare_latents(cfg: Config, dist: Dist) -> None:
+def compare_latents(cfg: Config, dist: Dist):
     """Linear probe and mixtures of tokenizers, all in as many dimensions -> analysis.json."""
     from tokenizer import encode_dataset, load_tokenizer  # which imports this file
 
@@ -777,14 +764,14 @@ def compare_latents(cfg: Config, dist: Dist) -> None:
         model, trained = load_tokenizer(path, dist.device)
         data = cfg.data or trained.data
         train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
-        (z, y), (v, u) = (encode_dataset(model, images, dist, most=20_000) for images in (train, val))
-        latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
-        variance = torch.linalg.eigvalsh(torch.cov(z.flatten(1).double().T)).flip(0).cumsum(0)
-        rows[path] = {"latents": list(z.shape[1:]), "data": data,
-                      "dimensions_for_90_percent": int((variance < 0.9 * variance[-1]).sum()) + 1}
+        (z, y), (v, u) = (encode_dataset(model, images, dist) for images in (train, val))
+        row = rows[path] = {"latents": list(z.shape[1:]), "data": data}
+        z, v = latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
+        variance = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).cumsum(0)
+        row["dimensions_for_90_percent"] = int((variance < 0.9 * variance[-1]).sum()) + 1
         if len(train.classes) > 1:
-            rows[path]["linear_probe"] = linear_probe(z, y, v, u, len(train.classes))
-            rows[path]["probe_images"] = len(z), len(v)  # evenly spaced in large sets
+            row["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
+            row["probe_images"] = len(z), len(v)  # evenly spaced in large sets
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
     dims = min(dims, *(z.shape[1] for z, _ in latents.values()))
@@ -795,7 +782,7 @@ def compare_latents(cfg: Config, dist: Dist) -> None:
     dist.save(out, {"dimensions": dims, "rows": rows})
     dist.print(f"wrote {out}")
 
-def main(cfg: Config, dist: Dist) -> None:
+def main(cfg: Config, dist: Dist):
     {"score": score, "stats": write_statistics, "latents": compare_latents}[cfg.task](cfg, dist)
 
 if __name__ == "__main__":

@@ -858,17 +858,24 @@ def test_diffusion_and_its_samplers_keep_to_their_device(meta, monkeypatch, fiel
 
 def test_the_metrics_keep_to_their_device(made_weights, meta, monkeypatch):
     """Features of Inception and of the classifier with their moments, its training, and the scores of pairs."""
-    monkeypatch.setattr(fid.Moments, "finish", lambda self, dist: (self.sums[0], self.sums))
-    indexing = torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default
-    monkeypatch.setattr(OneDevice, "crossing", OneDevice.crossing + indexing)  # indices of the CPU, as yet
+    monkeypatch.setattr(MetaDist, "all_reduce", lambda self, x: torch.zeros_like(x, device=CPU))
     images = fid.LazyImages(5, lambda index: torch.zeros(len(index), 3, 32, 32, dtype=torch.uint8))
     net = fid.load_inception(str(made_weights), meta)
     assert fid.inception_statistics(net, images, meta, 2, 2)["features"].shape == (3, 2048)
     classifier = fid.train_classifier(blank_images(32, 100), meta, steps=2)
+    monkeypatch.setattr(fid, "frechet_distance", lambda *moments: 0.0)
+    assert classifier.score(images, dist=meta)[0]["images"] == 5
     for _, x in fid.in_batches(images, meta, 2):
         assert classifier(data.to_float(x))[0].is_meta and classifier.patch_features(data.to_float(x), 4).is_meta
         for score in (fid.psnr, fid.ssim, lambda a, b: fid.load_lpips(str(made_weights), meta)(a.float(), b.float())):
             assert score(x, x).shape == (len(x),)
+
+def test_the_probe_is_fitted_on_the_device(meta, monkeypatch):
+    seen, z, y = [], torch.randn(9, 2, 3), torch.arange(9) % 4
+    monkeypatch.setattr(torch.optim.LBFGS, "step", lambda self, objective: seen.append(objective()))
+    with pytest.raises(RuntimeError, match="meta"):  # the accuracy is read back
+        fid.linear_probe(z, y, z, y, 4, META)
+    assert seen[0].is_meta and seen[0].dtype == torch.float64
 
 # ---- Closed forms
 
@@ -1770,6 +1777,44 @@ def test_a_read_only_cache_that_holds_all_is_enough(chain, monkeypatch):
     before = sorted(Path("cache").rglob("*"))
     call("tokenizer --steps 2 --stage2-steps 1", fields={})
     assert list(Path("out/tokenizer").glob("classifier*.pt")) and before == sorted(Path("cache").rglob("*"))
+
+def test_nodes_without_a_shared_cache_have_one_classifier(cache, monkeypatch):
+    images, sent, nets = data.ImageSet("shapes", 16, "train"), [], []
+    monkeypatch.setattr(data.Dist, "barrier", lambda self: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, source: (
+        sent.append(x.clone()) if len(nets) == 0 else x.copy_(sent.pop(0))))
+    for rank, steps in ((0, 3), (1, None)):  # the second cannot train
+        monkeypatch.setenv("MAETOK_CACHE", str(Path(f"cache{rank}").absolute()))
+        monkeypatch.setattr(fid, "train_classifier", partial(fid.train_classifier, steps=steps))
+        nets.append(fid.cached_classifier(images, data.Dist(rank, 2), "."))
+    one, two = (net.state_dict() for net in nets)
+    assert not sent and one["mean"].any() and all(torch.equal(one[key], two[key]) for key in one)
+
+def test_files_are_read_ahead_on_as_many_threads_as_cores(monkeypatch):
+    make_folder("x", 80, ("",))
+    together = threading.Barrier(40)
+    monkeypatch.setattr(os, "cpu_count", lambda: 40)
+    images = fid.open_set("x", 0, ONE)[0]
+    decode = fid.read_image
+    monkeypatch.setattr(fid, "read_image", lambda *args: (together.wait(10), decode(*args))[1])
+    batches, seen = fid.in_batches(images, ONE, 40), []
+    monkeypatch.setattr(fid.np, "stack", lambda x, stack=np.stack: (seen.append(len(x)), stack(x))[1])
+    _, x = next(batches)
+    for _ in range(500):  # nobody asks for the second batch
+        time.sleep(0.01 * (len(seen) < 2))
+    assert seen == [40, 40] and torch.equal(x, images[np.arange(40)])
+
+def test_an_npz_is_mapped_and_still_checked():
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 64, 64, 3), np.uint8)
+    np.savez("a.npz", arr_0=pixels)
+    tracemalloc.start()
+    images, _ = fid.open_set("a.npz", 0, ONE)
+    assert tracemalloc.get_traced_memory()[1] < 4e6 < pixels.nbytes
+    tracemalloc.stop()
+    assert np.array_equal(images[np.array([3, 499])].permute(0, 2, 3, 1), pixels[[3, 499]])
+    whole = Path("a.npz").read_bytes()
+    Path("a.npz").write_bytes(whole[:10**6] + bytes(9) + whole[10**6 + 9:])
+    refused(fid.open_set, "a.npz", 0, ONE, message="a.npz is not an npz file")
 
 def test_the_probe_of_many_classes_is_bounded():
     z, y = torch.randn(300, 64), torch.randint(0, 40_000, (300,))
