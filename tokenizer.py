@@ -697,7 +697,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     metrics["latents_unchanged_by_stage2"] = torch.equal(z, encode_dataset(stages["stage1"], val, dist)[0])
     if classes > 1:
         train_z, train_y = encode_dataset(model, images, dist)
-        metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes)
+        metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
         metrics["probe_images"] = len(train_z), len(z)  # evenly spaced in large sets
         dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
 
