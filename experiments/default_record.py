@@ -20,7 +20,7 @@ from common import commit, made_by, make_parser, read_json, read_log, run_script
 SCRIPTS = ("tokenizer.py", "diffusion.py", "sample.py", "fid.py")
 GOAL = {"psnr": 26.5, "linear_probe": 0.92, "class_accuracy": 0.955}  # at least; and
 MOST = {"fd_classifier": 1.15}
-
+NAMES = ("seconds", "psnr after stage 1", "psnr", "linear_probe", "fd_classifier", "class_accuracy")
 
 def chain(folder: Path, at: Path, seed: int, cores: list, more: dict) -> None:
     """Run the four commands of a checkout into the empty folder `at`, and write at/seconds.json."""
@@ -38,7 +38,6 @@ def chain(folder: Path, at: Path, seed: int, cores: list, more: dict) -> None:
         seconds[name] = round(run_script(name, *args[name], *more.get(name, []), **files), 1)
     write_json(at / "seconds.json", seconds | {"all": round(sum(seconds.values()), 1)})
 
-
 def side_by_side(cfg, todo: dict[str, Path], seed: int) -> None:
     """Run the chains of several checkouts at once, each pinned to its share of the cores."""
     cores = sorted(os.sched_getaffinity(0))
@@ -55,14 +54,11 @@ def side_by_side(cfg, todo: dict[str, Path], seed: int) -> None:
     if sum(child.wait() for child in children):
         sys.exit(f"a run failed: see the logs in {cfg.out}")
 
-
 def metrics_of(at: Path) -> dict:
     metrics = read_json(at / "tokenizer/metrics.json")
-    scores = read_json(at / "samples/metrics.json")["samples"]
-    return {"seconds": read_json(at / "seconds.json"), "psnr after stage 1": metrics["stage1"]["psnr"],
-            "psnr": metrics["stage2"]["psnr"], "linear_probe": metrics["linear_probe"],
-            "fd_classifier": scores["fd_classifier"], "class_accuracy": scores["class_accuracy"]}
-
+    found = metrics | metrics["stage2"] | read_json(at / "samples/metrics.json")["samples"]
+    found |= {"psnr after stage 1": metrics["stage1"]["psnr"], "seconds": read_json(at / "seconds.json")}
+    return {name: found[name] for name in NAMES if name in found}
 
 def summary(runs: list[dict], names: list[str]) -> dict:
     """Mean and standard deviation of each checkout, whether it reaches the goal, ratio of the times."""
@@ -70,7 +66,7 @@ def summary(runs: list[dict], names: list[str]) -> dict:
     for name in names:
         mine = [run | {"seconds": run["seconds"]["all"]} for run in runs if run["checkout"] == name]
         row = rows[name] = {"seeds": len(mine)}
-        for key in ("seconds", "psnr after stage 1", "psnr", "linear_probe", "fd_classifier", "class_accuracy"):
+        for key in NAMES:
             values = [run[key] for run in mine]
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             row[key] = [round(statistics.mean(values), 4), round(deviation, 4)]
@@ -78,7 +74,6 @@ def summary(runs: list[dict], names: list[str]) -> dict:
                        and all(row[key][0] <= most for key, most in MOST.items()))
     first, last = rows[names[0]]["seconds"][0], rows[names[-1]]["seconds"][0]
     return {"rows": rows, "seconds, last / first checkout": round(last / first, 3)}
-
 
 def main():
     if sys.argv[1:2] == ["--chain"]:
@@ -115,7 +110,6 @@ def main():
         write_json(cfg.json, result)
         print(f"seed {seed}", json.dumps(result["rows"], indent=1), flush=True)
     return print(f"wrote {cfg.json}; seconds, last / first: {result['seconds, last / first checkout']}")
-
 
 if __name__ == "__main__":
     main()

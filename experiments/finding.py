@@ -42,7 +42,6 @@ MEASURES = {
 PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "stage1/metrics.json",
          "guided/metrics.json")
 
-
 def commands(at: Path, kind: str, seed: int, cfg):
     """The commands of one run, in order: (result file, script, arguments)."""
     tokenizer, model = at / "tokenizer/ckpt.pt", at / "diffusion/ckpt.pt"
@@ -62,7 +61,6 @@ def commands(at: Path, kind: str, seed: int, cfg):
         yield at / name / "samples.npz", "sample.py", [*args, "--seed", seed, "--out", at / name]
         yield at / name / "metrics.json", "fid.py", ["--samples", at / name / "samples.npz"]
 
-
 def run(kind: str, seed: int, cfg) -> str:
     """One run; returns "", or what went wrong."""
     at = cfg.table / f"{kind}-{seed}"
@@ -76,7 +74,6 @@ def run(kind: str, seed: int, cfg) -> str:
         except RuntimeError as error:
             return f"{at.name}: {error}"
     return ""
-
 
 def run_all(cfg) -> None:
     names = ("steps", "stage2_steps", "diffusion_steps", "keep_every", "dims", "args")
@@ -94,7 +91,6 @@ def run_all(cfg) -> None:
         errors = ["stopped; the same command continues"]
     if errors:
         sys.exit("finding.py: " + "\n".join(errors))
-
 
 def collect(folder: Path) -> dict:
     """The results of one run as one dict. Runs that are compared must have the same `setup`."""
@@ -126,7 +122,6 @@ def collect(folder: Path) -> dict:
         "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)},
     }
 
-
 def read_runs(folder: Path) -> list[dict]:
     """The rows of a folder of runs, or of a folder with their JSON files."""
     rows = []
@@ -146,7 +141,6 @@ def read_runs(folder: Path) -> list[dict]:
             sys.exit(f"finding.py: {both} were made with other settings: {row['setup']}, {rows[0]['setup']}")
     return rows
 
-
 def markdown(kinds: dict[str, list]) -> str:
     """A row per measure: mean over the seeds ± standard deviation (n - 1)."""
     lines = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
@@ -163,7 +157,6 @@ def markdown(kinds: dict[str, list]) -> str:
     lines.append("| seeds | " + " | ".join(str(len(rows)) for rows in kinds.values()) + " |")
     return "\n".join(lines) + "\n"
 
-
 def figure(path: Path, curves: dict[str, tuple], x: str, y: str, style: str, scale="linear") -> None:
     """A curve (x values, y values) per kind."""
     plot, axes = pyplot().subplots(figsize=(7, 4))
@@ -173,7 +166,6 @@ def figure(path: Path, curves: dict[str, tuple], x: str, y: str, style: str, sca
     axes.legend()
     plot.tight_layout()
     plot.savefig(path, dpi=110)
-
 
 def table(folder: Path, out: Path) -> None:
     """Write table.md, a JSON file per run, and the figures."""
@@ -206,7 +198,6 @@ def table(folder: Path, out: Path) -> None:
     figure(out / "training.png", means("fd_classifier_by_step"), "training steps of the generator",
            "gFD without guidance, mean of the seeds", "o-")
 
-
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -227,7 +218,6 @@ def main():
         run_all(cfg)
     has_runs = any(path.is_dir() for path in cfg.table.glob("*-[0-9]*"))
     return table(cfg.table, cfg.out or (cfg.table / "table" if has_runs else cfg.table))
-
 
 if __name__ == "__main__":
     main()
