@@ -8,15 +8,17 @@
 Run `log` on the machine that wrote the logs. It gives medians of the last five lines of each
 stage beside what a large matrix product reaches on one device.
 """
-import importlib.util
+import importlib.util  # noqa: I001
 import shutil
 import statistics
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import in_turn, made_by, make_parser, matmul_tflops, read_log, write_json
+import torch.nn.functional as F
+from common import DEVICE, in_turn, made_by, make_parser, matmul_tflops, read_log, seconds, write_json
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,22 +70,36 @@ def data_speed(cfg) -> dict:
              "JPEG": lambda: [data.read_image(path, 256) for path in some]}
     return rows | rates(works, cfg.batch, cfg.rounds)
 
-@torch.no_grad()
+def pictures(n: int, size: int) -> torch.Tensor:
+    """uint8 n x 3 x S x S on the device."""
+    coarse = torch.rand(n, 3, 8, 8, device=DEVICE)
+    x = 200 * F.interpolate(coarse, size, mode="bicubic")
+    return (x + 55 * torch.rand_like(x)).clamp(0, 255).to(torch.uint8)
+
 def fid_speed(cfg) -> dict:
-    """Features of images of 256 x 256 pixels."""
-    dist = data.start("fp32")
-    bf16 = data.Dist(device=dist.device, precision="bf16")
-    images = torch.randint(256, (cfg.batch, 3, 256, 256), dtype=torch.uint8, device=dist.device)
-    net = fid.load_inception(cfg.weights, dist)
-    works = {"fp32": lambda: net(images), "bf16": lambda: bf16.autocast()(net)(images)}
+    """Inception on images of 256 px, and what a setting changes in a distance."""
+    x, n, rows = pictures(2 * cfg.batch, 256), cfg.batch, {}
+    sets = fid.LazyImages(n, lambda i: x[i]), fid.LazyImages(n, lambda i: x[n + i] // 2)
+    net = fid.load_inception(cfg.weights, data.Dist(device=DEVICE))
+    backend = torch.backends.cudnn
+    for name in ("fp32", "fp32, benchmark", "tf32, benchmark", "bf16")[::1 if x.is_cuda else 3]:
+        backend.allow_tf32, backend.benchmark = "tf32" in name, name != "fp32"
+        dist = data.Dist(device=DEVICE, precision=name[:4])
+        work = partial(fid.inception_statistics, net, dist=dist)
+        moments = []
+        for found in map(work, sets):
+            moments += found["mu"][:n], found["sigma"][:n, :n]  # full rank takes n features
+        rate = n / seconds(partial(work, sets[0]), cfg.rounds, 0)
+        rows[name] = {"images_per_s": rate, "fid": fid.frechet_distance(*moments)}
     if importlib.util.find_spec("torch_fidelity"):
         from torch_fidelity import feature_extractor_inceptionv3 as other
 
         path = next(Path(cfg.weights or data.cache_dir()).rglob("pt_inception*"))
         theirs = other.FeatureExtractorInceptionV3(
-            "net", ["2048"], feature_extractor_weights_path=str(path)).to(dist.device)
-        works["torch-fidelity"] = lambda: theirs(images)
-    return rates(works, cfg.batch, cfg.rounds)
+            "net", ["2048"], feature_extractor_weights_path=str(path)).to(DEVICE)
+        rate = n / seconds(lambda: theirs(x[:n]), cfg.rounds)
+        rows["torch-fidelity"] = {"images_per_s": rate}
+    return rows
 
 def cost_of(cfg, shape: tuple = (128, 32)) -> dict:
     """A forward pass has 2 FLOPs a multiply-add, training 3 passes. No frozen networks."""

@@ -36,9 +36,11 @@ def run_script(name: str, *args, folder=ROOT, log=None, processes: int = 1, limi
     with open(log or os.devnull, "a") as output:
         streams = {"stdout": output, "stderr": output} if log else {}
         done = subprocess.run(command, check=False, env=os.environ | env, **streams)
+    seconds, how = time.perf_counter() - begin, f"ended with status {done.returncode}"
     if done.returncode:
-        raise RuntimeError(f"{name} ended with status {done.returncode}; see {log or 'above'}")
-    return time.perf_counter() - begin
+        how = f"took more than {limit:.0f} s" if 0 < limit < seconds else how
+        raise RuntimeError(f"{name} {how}; see {log or 'above'}")
+    return seconds
 
 def clock() -> float:
     """Seconds, when the device has done its work."""
@@ -65,14 +67,22 @@ def matmul_tflops(size: int, dtype=torch.bfloat16, rounds: int = 5) -> float:
     a = torch.randn(size, size, device=DEVICE).to(dtype)
     return 2 * size**3 / seconds(lambda: a @ a, rounds) / 1e12
 
-def pyplot():
-    """matplotlib.pyplot, to draw into files."""
+def figure(path, panels: dict, x: str, y: str, style: str = "o-", scale="linear") -> None:
+    """In each panel a curve (x values, y values) per name."""
     try:
-        import matplotlib.pyplot as plot
+        import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         sys.exit("figures need matplotlib: pip install matplotlib")
-    plot.switch_backend("agg")
-    return plot
+    plt.switch_backend("agg")
+    size = 3 + 4 * len(panels), 4
+    plot, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, (title, curves) in zip(axes[0], panels.items()):
+        for name, points in curves.items():
+            ax.plot(*points, style, label=name)
+        ax.set(title=title, xlabel=x, ylabel=y, xscale=scale)
+    ax.legend(fontsize=8)
+    plot.tight_layout()
+    plot.savefig(path, dpi=110)
 
 def commit(folder=ROOT) -> str:
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]

@@ -11,7 +11,7 @@ A run whose metrics.json is in OUT is not repeated. A row of OUT/compare.json ho
 and the last log line of each stage, and how far its losses are from the first number of
 processes: the largest relative difference of the pixel loss or diffusion loss.
 """
-import itertools
+import itertools  # noqa: I001
 import shlex
 from pathlib import Path
 
@@ -34,7 +34,8 @@ def main():
         if not (out / "metrics.json").exists():
             run_script(script, *args, "--seed", seed, "--out", out, processes=n)
         log, differences = read_log(out / "log.jsonl"), {}
-        first = log if n == cfg.processes[0] else first
+        if n == cfg.processes[0]:
+            first = log
         for a, b in zip(first, log, strict=True):
             loss = "recon" if "recon" in a else "loss"
             far = abs(a[loss] - b[loss]) / abs(a[loss])

@@ -7,9 +7,10 @@ The official code is github.com/Hhhhhhao/continuous_tokenizer at commit f4d60a0 
 requirements. Its half follows train_tokenizer.py and train_sit.py without data, LPIPS and
 discriminator. It runs in no test. One step of each in turn; losses are pixels and velocity.
 """
-import copy
+import copy  # noqa: I001
 import json
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,9 @@ def official_half(cfg, what: str, x, y):
             enc_token_drop=0.4, enc_token_drop_max=0.6, dec_cls_token=False,
             use_ape=False, use_rope=True, rope_mixed=True).to(x.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+        def loss(network):
+            return F.mse_loss(network(x)[0].float(), x)
     else:
         model = SiT_models["SiT-B/1"](
             in_channels=32, input_size=128, num_classes=1000, use_cfg=True, z_dims=[0],
@@ -63,30 +67,20 @@ def official_half(cfg, what: str, x, y):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
         criterion = SILoss(prediction="v", path_type="linear", weighting="lognormal")
 
-    def loss(network):
-        if what == "tokenizer":
-            return F.mse_loss(network(x)[0].float(), x)
-        return criterion(network, x, {"y": y})[0].mean()
+        def loss(network):
+            return criterion(network, x, {"y": y})[0].mean()
 
     average = copy.deepcopy(model).requires_grad_(False)
     return model, loss, optimizer, lambda: update_ema(average, model)
 
-def step_of(cfg, what: str, kind: str, x, y, dist):
-    """One step: forward and backward pass, clipping, optimizer, average of the weights."""
-    half = official_half if kind.startswith("official") else our_half
-    model, loss, optimizer, update_average = half(cfg, what, x, y)
-    network = torch.compile(model) if "compiled" in kind else model
-
-    def step():
-        with dist.autocast():
-            value = loss(network)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        update_average()
-
-    return step
+def step(dist, network, loss, optimizer, update_average):
+    with dist.autocast():
+        value = loss(network)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    update_average()
 
 def main():
     parser = make_parser(__doc__)
@@ -108,7 +102,12 @@ def main():
     for batch, (what, shape) in zip(cfg.batch, shapes.items()):
         x = torch.randn(batch, *shape, device=dist.device).clamp(-1, 1)
         y = torch.randint(1000, x.shape[:1], device=dist.device)
-        works = {kind: step_of(cfg, what, kind, x, y, dist) for kind in kinds}
+        works = {}
+        for kind in kinds:
+            half = official_half if kind.startswith("official") else our_half
+            model, *rest = half(cfg, what, x, y)
+            model = torch.compile(model) if "compiled" in kind else model
+            works[kind] = partial(step, dist, model, *rest)
         seconds = in_turn(works, cfg.rounds)
         ratio = {kind: round(seconds[kinds[0]] / s, 2) for kind, s in seconds.items()}
         result[what] = {"seconds": seconds, "ratio": ratio}

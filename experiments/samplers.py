@@ -4,10 +4,10 @@
 
 A setting that is in the JSON file is not repeated. The figure needs matplotlib.
 """
-import itertools
+import itertools  # noqa: I001
 from pathlib import Path
 
-from common import made_by, make_parser, pyplot, read_json, run_script, write_json
+from common import figure, made_by, make_parser, read_json, run_script, write_json
 
 def score(cfg, key: dict) -> dict:
     """Make and score the samples of one setting."""
@@ -22,22 +22,14 @@ def score(cfg, key: dict) -> dict:
     return key | {"calls": calls} | {name: round(scores[name], 4) for name in names}
 
 def draw(rows: list[dict], path: Path) -> None:
-    """fd_classifier against network calls: a panel per sampler, a curve per guidance."""
-    names = list(dict.fromkeys(row["sampler"] for row in rows))
-    size = 4 * len(names), 4
-    figure, panels = pyplot().subplots(1, len(names), figsize=size, sharey=True, squeeze=False)
-    for panel, name in zip(panels[0], names):
-        curves = {}
-        for row in rows:
-            if row["sampler"] == name:
-                label = f"guidance {row['guidance']} on [0, {row['high']:g}]"
-                curves.setdefault(label, []).append((row["calls"], row["fd_classifier"]))
-        for label, points in curves.items():
-            panel.plot(*zip(*points), "o-", label=label)
-        panel.set(title=name, xscale="log", xlabel="network calls", ylabel="fd_classifier")
-    panels[0][-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    """A panel per sampler, a curve per guidance."""
+    panels = {}
+    for row in rows:
+        label = f"guidance {row['guidance']} on [0, {row['high']:g}]"
+        curve = panels.setdefault(row["sampler"], {}).setdefault(label, ([], []))
+        curve[0].append(row["calls"])
+        curve[1].append(row["fd_classifier"])
+    figure(path, panels, "network calls", "fd_classifier", scale="log")
 
 def main():
     parser = make_parser(__doc__)
