@@ -232,7 +232,7 @@ def show(name: str, row: str, numbers: dict):
     print(f"{name:16s} {row:32s}", *text, sep="  ", flush=True)
 
 def measure(name: str, path: Path):
-    signal.alarm(120)  # ends this process
+    signal.alarm(pick(120, 600))  # ends this process
     fid.pretrained, rows = made, {}
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -255,7 +255,8 @@ def main():
     out = "folder of gpu_LINE.json"
     parser.add_argument("--out", type=Path, default=ROOT / "results", help=out)
     cfg = parser.parse_args()
-    end, now = time.time() + 530, common.commit()
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    end, most, now = time.time() + pick(530, 3000), pick(115, 500), common.commit()
     paths = {name: cfg.out / f"gpu_{name}.json" for name in LINES if cfg.line in ("all", name)}
     for name, path in paths.items():
         known, log = read_json(path) if path.exists() else {}, path.with_suffix(".log")
@@ -264,7 +265,8 @@ def main():
             if cfg.line == name:
                 measure(name, path)
                 continue
-            words, limit = ["--out", cfg.out, *["--tiny"] * TINY], max(5, min(115, end - time.time()))
+            words = ["--out", cfg.out, *["--tiny"] * TINY]
+            limit = max(5, min(most, end - time.time()))
             try:
                 common.run_script("experiments/gpu.py", name, *words, log=log, limit=limit)
                 log.unlink()
