@@ -1,28 +1,33 @@
-"""What the experiments share: run a script, time processes in turn, describe the machine, write JSON."""
+"""What the experiments share: scripts, clocks, figures, JSON files."""
 import argparse
 import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # data.py, fid.py, tokenizer.py, diffusion.py, sample.py
-MARK = "@seconds "
-
+sys.path.insert(0, str(ROOT))  # data.py, fid.py, tokenizer.py, diffusion.py
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw)
 
+def run_script(name: str, *args, folder=ROOT, log=None, processes: int = 1, limit: float = 0,
+               **env) -> float:
+    """Run FOLDER/NAME with this Python; returns seconds. A failure raises and names the log file.
 
-def run_script(name: str, *args, folder=ROOT, log=None, processes: int = 1, **env) -> float:
-    """Run FOLDER/NAME with this Python; returns seconds. A failure raises and names the log file."""
-    command = [sys.executable]
+    After `limit` seconds it is killed, with its processes.
+    """
+    command = ["timeout", "-s", "KILL", str(limit)] * (limit > 0) + [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(word) for word in (Path(folder) / name, *args)]
@@ -31,71 +36,75 @@ def run_script(name: str, *args, folder=ROOT, log=None, processes: int = 1, **en
     with open(log or os.devnull, "a") as output:
         streams = {"stdout": output, "stderr": output} if log else {}
         done = subprocess.run(command, check=False, env=os.environ | env, **streams)
+    seconds, how = time.perf_counter() - begin, f"ended with status {done.returncode}"
     if done.returncode:
-        raise RuntimeError(f"{name} ended with status {done.returncode}; see {log or 'above'}")
-    return time.perf_counter() - begin
+        how = f"took more than {limit:.0f} s" if 0 < limit < seconds else how
+        raise RuntimeError(f"{name} {how}; see {log or 'above'}")
+    return seconds
 
+def clock() -> float:
+    """Seconds, when the device has done its work."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-def in_turn(commands: dict[str, list], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of `rounds` steps of each command. Each is a process like `serve`; one step of each in turn."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    children = {name: subprocess.Popen([*map(str, command)], **pipes) for name, command in commands.items()}
-    seconds = {name: [] for name in commands}
+def in_turn(works: dict, rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each function; one call of each in turn."""
+    seconds = {name: [] for name in works}
+    for _ in range(warmup + rounds):
+        for name, work in works.items():
+            begin = clock()
+            work()
+            seconds[name].append(clock() - begin)
+    return {name: statistics.median(of[warmup:]) for name, of in seconds.items()}
+
+def seconds(work: Callable, rounds: int = 5, warmup: int = 2) -> float:
+    return in_turn({"": work}, rounds, warmup)[""]
+
+def matmul_tflops(size: int, dtype=torch.bfloat16, rounds: int = 5) -> float:
+    """What a large matrix product reaches: the ceiling. Size 0: by device."""
+    size = size or (8192 if DEVICE.type == "cuda" else 2048)
+    a = torch.randn(size, size, device=DEVICE).to(dtype)
+    return 2 * size**3 / seconds(lambda: a @ a, rounds) / 1e12
+
+def figure(path, panels: dict, x: str, y: str, style: str = "o-", scale="linear") -> None:
+    """In each panel a curve (x values, y values) per name."""
     try:
-        for _ in range(warmup + rounds):
-            for name, child in children.items():
-                print(file=child.stdin, flush=True)
-                answer = next((line for line in child.stdout if line.startswith(MARK)), None)
-                if answer is None:
-                    raise RuntimeError(f"{name} ended before its last step")
-                seconds[name].append(float(answer[len(MARK):]))
-    finally:
-        for child in children.values():
-            child.kill()
-            child.wait()
-    return {name: values[warmup:] for name, values in seconds.items()}
-
-
-def serve(step) -> None:
-    """In a child of `in_turn`: one step per line of stdin."""
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        step()
-        print(f"{MARK}{time.perf_counter() - begin}", flush=True)
-
-
-def pyplot():
-    """matplotlib.pyplot, to draw into files."""
-    try:
-        import matplotlib.pyplot as plot
+        import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         sys.exit("figures need matplotlib: pip install matplotlib")
-    plot.switch_backend("agg")
-    return plot
-
+    plt.switch_backend("agg")
+    size = 3 + 4 * len(panels), 4
+    plot, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for ax, (title, curves) in zip(axes[0], panels.items()):
+        for name, points in curves.items():
+            ax.plot(*points, style, label=name)
+        ax.set(title=title, xlabel=x, ylabel=y, xscale=scale)
+    ax.legend(fontsize=8)
+    plot.tight_layout()
+    plot.savefig(path, dpi=110)
 
 def commit(folder=ROOT) -> str:
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
-
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return done.stdout.strip()
 
 def made_by(script: str) -> dict[str, str]:
     """The first fields of a result: script, commit, hardware."""
     info = Path("/proc/cpuinfo")  # Linux
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     processor = (names or [platform.processor()])[0]
+    gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
     hardware = f"{os.cpu_count()} cores of {processor}, {gpu}, torch {torch.__version__}"
     return {"script": f"experiments/{script}", "commit": commit(), "hardware": hardware}
-
 
 def read_json(path):
     return json.loads(Path(path).read_text())
 
-
 def read_log(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
+    """Its lines; of a step that came again after a kill the last one."""
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+    return list({(line["stage"], line["step"]): line for line in lines}.values())
 
 def write_json(path, content: dict) -> None:
     """The file is whole or it is not there."""

@@ -1,12 +1,12 @@
 """The paper's ablation at a small size: several tokenizers, the same generator on each, several seeds.
 
     python experiments/finding.py --out out/finding --jobs 2
-    python experiments/finding.py --table out/finding         # table and figures of the runs that are there
-    python experiments/finding.py --table results/finding     # the same from the committed JSON files
+    python experiments/finding.py --table out/finding      # table of the runs that are there
+    python experiments/finding.py --table results/finding  # the same from the JSON files
 
-A run is a folder KIND-SEED. A command whose result is there is skipped, so the same command goes on after a
-stop. If a command fails, its log file is named and the other runs go on. At the end OUT/table holds table.md,
-a JSON file per run, and probe.png, mixtures.png, training.png (pip install matplotlib) and samples.png.
+A run is a folder KIND-SEED. A command whose result is there is skipped, so the same command goes on
+after a stop. If a command fails, its log file is named and the other runs go on. At the end OUT/table
+holds table.md, a JSON file per run, samples.png, and figures by matplotlib.
 """
 import functools
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import make_parser, pyplot, read_json, read_log, run_script, write_json
+from common import figure, make_parser, read_json, read_log, run_script, write_json
 
 from data import save_grid
 
@@ -34,49 +34,45 @@ MEASURES = {
     "samples: recognised, guided, %": ("samples_guided.class_accuracy", 1, 100),
     "diffusion loss at the end": ("diffusion_loss", 3, 1),
     "latents: linear probe, %": ("linear_probe", 1, 100),
-    "latents: k-NN, %": ("knn_accuracy", 1, 100),  # early runs only: the row is left out if a run lacks it
+    "latents: k-NN, %": ("knn_accuracy", 1, 100),  # early runs only
     "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
     "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
 }
-PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json", "stage1/metrics.json",
-         "guided/metrics.json")
-
+PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json",
+         "stage1/metrics.json", "guided/metrics.json")
 
 def commands(at: Path, kind: str, seed: int, cfg):
     """The commands of one run, in order: (result file, script, arguments)."""
     tokenizer, model = at / "tokenizer/ckpt.pt", at / "diffusion/ckpt.pt"
-    args = ["--preset", kind, "--seed", seed, "--steps", cfg.steps, "--stage2-steps", cfg.stage2_steps]
-    yield at / PARTS[0], "tokenizer.py", [*args, "--out", at / "tokenizer"]
+    args = ["--preset", kind, "--steps", cfg.steps, "--stage2-steps", cfg.stage2_steps]
+    yield PARTS[0], "tokenizer.py", [*args, "--seed", seed, "--out", at / "tokenizer"]
 
-    yield at / PARTS[1], "fid.py", ["latents", tokenizer, "--dims", cfg.dims, "--out", at / "analysis"]
+    args = ["latents", tokenizer, "--dims", cfg.dims]
+    yield PARTS[1], "fid.py", [*args, "--out", at / "analysis"]
 
-    args = ["--tokenizer", tokenizer, "--seed", seed, "--steps", cfg.diffusion_steps, "--guidance", 1]
-    yield at / PARTS[2], "diffusion.py", [*args, "--keep-every", cfg.keep_every, "--out", at / "diffusion"]
+    args = ["--tokenizer", tokenizer, "--steps", cfg.diffusion_steps, "--guidance", 1]
+    args += ["--keep-every", cfg.keep_every]
+    yield PARTS[2], "diffusion.py", [*args, "--seed", seed, "--out", at / "diffusion"]
 
-    samples = {"stage1": ["--model", model, "--tokenizer", at / "tokenizer/stage1.pt", "--guidance", 1],
-               "guided": ["--model", model]}
+    stage1 = ["--model", model, "--tokenizer", at / "tokenizer/stage1.pt", "--guidance", 1]
+    samples = {"stage1": stage1, "guided": ["--model", model]}
     for step in (cfg.keep_every, 2 * cfg.keep_every):
-        samples[f"step-{step}"] = ["--model", model.with_name(f"step-{step}.pt"), "--guidance", 1]
+        early = model.with_name(f"step-{step}.pt")
+        samples[f"step-{step}"] = ["--model", early, "--guidance", 1]
     for name, args in samples.items():
-        yield at / name / "samples.npz", "sample.py", [*args, "--seed", seed, "--out", at / name]
-        yield at / name / "metrics.json", "fid.py", ["--samples", at / name / "samples.npz"]
+        file = f"{name}/samples.npz"
+        yield file, "sample.py", [*args, "--seed", seed, "--out", at / name]
+        yield f"{name}/metrics.json", "fid.py", ["--samples", at / file]
 
-
-def run(kind: str, seed: int, cfg) -> str:
-    """One run; returns "", or what went wrong."""
+def run(kind: str, seed: int, cfg) -> None:
     at = cfg.table / f"{kind}-{seed}"
     at.mkdir(parents=True, exist_ok=True)
     for result, script, args in commands(at, kind, seed, cfg):
-        if result.exists():
-            continue
-        print(f"{at.name}: {script} -> {result.parent.name}/{result.name}", flush=True)
-        try:
-            run_script(script, *args, *cfg.args.get(script, []), log=at / "log.txt", OMP_NUM_THREADS="1")
-        except RuntimeError as error:
-            return f"{at.name}: {error}"
-    return ""
-
+        if not (at / result).exists():
+            print(f"{at.name}: {script} -> {result}", flush=True)
+            more = cfg.args.get(script, [])
+            run_script(script, *args, *more, log=at / "log.txt", OMP_NUM_THREADS="1")
 
 def run_all(cfg) -> None:
     names = ("steps", "stage2_steps", "diffusion_steps", "keep_every", "dims", "args")
@@ -88,44 +84,39 @@ def run_all(cfg) -> None:
     pool = ThreadPoolExecutor(cfg.jobs)
     jobs = [pool.submit(run, kind, seed, cfg) for seed in cfg.seeds for kind in cfg.kinds]
     try:
-        errors = [job.result() for job in jobs if job.result()]
+        errors = [str(job.exception()) for job in jobs if job.exception()]
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)
         errors = ["stopped; the same command continues"]
     if errors:
         sys.exit("finding.py: " + "\n".join(errors))
 
+def some(content: dict, *names: str) -> dict:
+    return {name: content[name] for name in names}
 
 def collect(folder: Path) -> dict:
-    """The results of one run as one dict. Runs that are compared must have the same `setup`."""
+    """The results of one run. Runs that are compared must have the same `setup`."""
     kind, _, seed = folder.name.rpartition("-")
     tokenizer, analysis, diffusion, stage1, guided = (read_json(folder / part) for part in PARTS)
     (latents,) = analysis["rows"].values()
-    by_step = {diffusion["steps"]: diffusion["rows"]["samples"]["fd_classifier"]}
+    samples, steps = diffusion["rows"]["samples"], diffusion["steps"]
+    by_step = {steps: samples["fd_classifier"]}
     for path in folder.glob("step-*/metrics.json"):
         by_step[int(path.parent.name[5:])] = read_json(path)["samples"]["fd_classifier"]
 
-    samples, sampling = diffusion["rows"]["samples"], diffusion["sampling"]
-    setup = {
-        "steps": tokenizer["steps"], "stage2_steps": tokenizer["stage2_steps"],
-        "diffusion_steps": diffusion["steps"], "precision": tokenizer["precision"],
-        "data": latents["data"], "latents": latents["latents"], "dimensions": analysis["dimensions"],
-        "images": samples["images"], "sampling": {k: v for k, v in sampling.items() if k != "seed"},
-        "guided": guided["sampling"]["guidance"], "scored_at_steps": sorted(by_step),
-    }
-    return {
-        "kind": kind, "seed": int(seed), "setup": setup,
-        "commit": [tokenizer["commit"], diffusion["commit"], guided["commit"]],
-        "stage1": tokenizer["stage1"], "stage2": tokenizer["stage2"],
-        "linear_probe": tokenizer["linear_probe"],
-        "dimensions_for_90_percent": latents["dimensions_for_90_percent"],
-        "mixture_nll_per_dimension": latents["mixture_nll_per_dimension"],
-        "samples": samples, "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
+    setup = some(tokenizer, "steps", "stage2_steps", "precision") | some(latents, "data", "latents")
+    setup |= {
+        "diffusion_steps": steps, "dimensions": analysis["dimensions"], "images": samples["images"],
+        "sampling": {k: v for k, v in diffusion["sampling"].items() if k != "seed"},
+        "guided": guided["sampling"]["guidance"], "scored_at_steps": sorted(by_step)}
+    latents = some(latents, "dimensions_for_90_percent", "mixture_nll_per_dimension")
+    return some(tokenizer, "stage1", "stage2", "linear_probe") | latents | {
+        "kind": kind, "seed": int(seed), "setup": setup, "samples": samples,
+        "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
+        "commit": [part["commit"] for part in (tokenizer, diffusion, guided)],
         "real_validation_images": diffusion["rows"]["real validation images"],
         "diffusion_loss": read_log(folder / "diffusion/log.jsonl")[-1]["loss"],
-        "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)},
-    }
-
+        "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)}}
 
 def read_runs(folder: Path) -> list[dict]:
     """The rows of a folder of runs, or of a folder with their JSON files."""
@@ -136,44 +127,36 @@ def read_runs(folder: Path) -> list[dict]:
         except FileNotFoundError as error:
             print(f"{path} is left out: it has no {Path(error.filename).relative_to(path)}")
         except (KeyError, ValueError, IndexError, TypeError) as error:
-            sys.exit(f"finding.py: {path} is not a whole run ({type(error).__name__}: {error}); remove it")
+            what = f"{type(error).__name__}: {error}"
+            sys.exit(f"finding.py: {path} is not a whole run ({what}); remove it")
     if not rows:
         sys.exit(f"finding.py: {folder} holds no finished run KIND-SEED, nor KIND-SEED.json")
 
+    first = rows[0]
     for row in rows:
-        if row["setup"] != rows[0]["setup"]:
-            both = f"{row['kind']}-{row['seed']} and {rows[0]['kind']}-{rows[0]['seed']}"
-            sys.exit(f"finding.py: {both} were made with other settings: {row['setup']}, {rows[0]['setup']}")
+        if row["setup"] != first["setup"]:
+            both = f"{row['kind']}-{row['seed']} and {first['kind']}-{first['seed']}"
+            settings = f"{row['setup']}, {first['setup']}"
+            sys.exit(f"finding.py: {both} were made with other settings: {settings}")
     return rows
-
 
 def markdown(kinds: dict[str, list]) -> str:
     """A row per measure: mean over the seeds ± standard deviation (n - 1)."""
-    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
+    lines = []
     for title, (key, digits, factor) in MEASURES.items():
-        if key == "knn_accuracy" and not all(key in row for rows in kinds.values() for row in rows):
-            continue
-        cells = []
+        cells = [title]
         for rows in kinds.values():
-            found = [functools.reduce(lambda at, name: at[name], key.split("."), row) for row in rows]
+            found = [functools.reduce(lambda at, name: at.get(name, {}), key.split("."), row) for row in rows]
+            if {} in found:
+                break
             values = factor * np.array(found, float)
             spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines.append("| seeds | " + " | ".join(str(len(rows)) for rows in kinds.values()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def figure(path: Path, curves: dict[str, tuple], x: str, y: str, style: str, scale="linear") -> None:
-    """A curve (x values, y values) per kind."""
-    plot, axes = pyplot().subplots(figsize=(7, 4))
-    for kind, points in curves.items():
-        axes.plot(*points, style, label=kind)
-    axes.set(xlabel=x, ylabel=y, xscale=scale)
-    axes.legend()
-    plot.tight_layout()
-    plot.savefig(path, dpi=110)
-
+        else:
+            lines.append(cells)
+    lines.append(["seeds", *(str(len(rows)) for rows in kinds.values())])
+    head = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
+    return "\n".join(head + [f"| {' | '.join(cells)} |" for cells in lines]) + "\n"
 
 def table(folder: Path, out: Path) -> None:
     """Write table.md, a JSON file per run, and the figures."""
@@ -183,7 +166,7 @@ def table(folder: Path, out: Path) -> None:
     for row in rows:
         write_json(out / f"{row['kind']}-{row['seed']}.json", row)
     (out / "table.md").write_text(markdown(kinds))
-    print(markdown(kinds), f"wrote {out}/table.md of {len(rows)} runs", sep="")
+    print(f"{markdown(kinds)}wrote {out}/table.md of {len(rows)} runs")
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
     samples = {kind: np.load(path)["arr_0"][:10] for kind, path in paths.items() if path.exists()}
@@ -196,38 +179,36 @@ def table(folder: Path, out: Path) -> None:
         return {kind: ([*map(int, of[0][name])], np.mean([[*row[name].values()] for row in of], 0))
                 for kind, of in kinds.items()}
 
-    points = {}
-    for kind, of in kinds.items():
-        gfd = [row["samples"]["fd_classifier"] for row in of]
-        points[kind] = [100 * row["linear_probe"] for row in of], gfd
-    figure(out / "probe.png", points, "linear probe of the latents, %", "gFD without guidance", "o")
-    figure(out / "mixtures.png", means("mixture_nll_per_dimension"), "Gaussians in the mixture",
-           "held-out NLL per dimension, mean of the seeds", "o-", "log")
-    figure(out / "training.png", means("fd_classifier_by_step"), "training steps of the generator",
-           "gFD without guidance, mean of the seeds", "o-")
-
+    points = {kind: ([100 * row["linear_probe"] for row in of],
+                     [row["samples"]["fd_classifier"] for row in of]) for kind, of in kinds.items()}
+    nll, steps = means("mixture_nll_per_dimension"), means("fd_classifier_by_step")
+    gfd, mean = "gFD without guidance", "mean of the seeds"
+    figure(out / "probe.png", {"": points}, "linear probe of the latents, %", gfd, "o")
+    figure(out / "mixtures.png", {"": nll}, "Gaussians in the mixture",
+           f"held-out NLL per dimension, {mean}", scale="log")
+    figure(out / "training.png", {"": steps}, "training steps of the generator", f"{gfd}, {mean}")
 
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, help="folder of the runs, default out/finding; with --table: folder of the table")
-    add("--kinds", nargs="+", default=["mae_hog", "ae", "mae_teacher", "vae", "mae_pixel"], help="presets")
+    add("--out", type=Path, help="folder of the runs, or with --table of the table")
+    kinds = ["mae_hog", "ae", "mae_teacher", "vae", "mae_pixel"]
+    add("--kinds", nargs="+", default=kinds, help="presets")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=1300, help="steps of stage 1")
     add("--stage2-steps", type=int, default=800, help="steps of stage 2")
     add("--diffusion-steps", type=int, default=400, help="steps of the generator")
-    add("--keep-every", type=int, default=100, help="score the generator after one and two times these, too")
+    add("--keep-every", type=int, default=100, help="score it also after one and two times these")
     add("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     add("--dims", type=int, default=64, help="dimensions in which mixtures are fitted")
-    add("--args", type=json.loads, default={}, help='more flags: {"sample.py": ["--steps", 5], ...}')
+    add("--args", type=json.loads, default={}, help='more flags: {"sample.py": ["--steps", 5]}')
     add("--table", type=Path, metavar="DIR", help="run nothing; make table and figures of DIR")
     cfg = parser.parse_args()
     if not cfg.table:
         cfg.table, cfg.out = (cfg.out or Path("out/finding")).resolve(), None
         run_all(cfg)
     has_runs = any(path.is_dir() for path in cfg.table.glob("*-[0-9]*"))
-    return table(cfg.table, cfg.out or (cfg.table / "table" if has_runs else cfg.table))
-
+    table(cfg.table, cfg.out or (cfg.table / "table" if has_runs else cfg.table))
 
 if __name__ == "__main__":
     main()
