@@ -704,13 +704,16 @@ class Dist:
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
-        """Slices of at most `micro` rows (0: all). Gradients are exchanged in the last."""
+        """Slices of at most `micro` rows (0: all), and their share of the batch.
+
+        Processes average their gradients in the last one.
+        """
         # Equal ones: torch.compile makes a graph for each size
         size = max(n for n in range(1, (micro or batch) + 1) if batch % n == 0)
         for start in range(0, batch, size):
             wait = start + size < batch and self.world_size > 1
             with model.no_sync() if wait else nullcontext():
-                yield slice(start, start + size)
+                yield slice(start, start + size), size / batch
 
     def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None) -> Path:
         """The folder of a run. Settings other than in its settings.json end the run."""

@@ -393,7 +393,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         y = torch.where(drop, model.null_class, y)  # teaches the null branch of guidance
 
         losses = []
-        for micro in dist.micro_batches(net, len(x), cfg.micro_batch):
+        for micro, _ in dist.micro_batches(net, len(x), cfg.micro_batch):
             with dist.autocast():
                 rows = (row[micro] for row in (x, noise, t, y))
                 loss = velocity_loss(net, *rows, cfg.path, cfg.cosine_loss)

@@ -35,7 +35,7 @@ from fid import (
 # ---- The model
 
 positive = partial(option, least=1)
-free = partial(option, free=True)  # may change when a run goes on
+free = partial(option, free=True)  # may differ when a run is resumed
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -48,7 +48,7 @@ class ModelConfig:
     depth: int = positive(3, "layers of each")
     heads: int = positive(3, "attention heads")
     decoder: str = option("plain", "Eq. 5; modulated: as released", ("plain", "modulated"))
-    dec_width: int = 0  # 0: as the encoder; so the next two
+    dec_width: int = 0  # 0: that of the encoder, also below
     dec_depth: int = 0
     dec_heads: int = 0
     dec_class_token: bool = False
@@ -89,14 +89,14 @@ def rope_tables(freqs, heads: int, grid: tuple, n_prefix: int, n_latent: int) ->
     n = torch.arange(grid[0] * grid[1], device=freqs.device)
     x, y = (n % grid[1]).float()[:, None], (n // grid[1]).float()[:, None]
     fx, fy = freqs.float().unflatten(-1, (heads, -1)).unsqueeze(-2)  # depth x heads x 1 x d/2
-    # Class and latent tokens have no place in the image: they turn by 0
+    # Class and latent tokens have no place in the image: RoPE leaves them as they are
     angles = F.pad(x * fx + y * fy, (0, 0, n_prefix, n_latent))
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin) -> Tensor:
     """Turn channels (2i, 2i+1) of x, B x heads x T x d, by angle i, in fp32."""
     pairs = x.float().unflatten(-1, (-1, 2))  # B x heads x T x d/2 x 2
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # half the time
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # takes half the time
         turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
         return torch.view_as_real(turned).flatten(-2)
     even, odd = pairs.unbind(-1)  # B x heads x T x d/2
@@ -118,7 +118,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # half the time
+        if v.device.type == "cpu" and v.dtype == torch.bfloat16:  # takes half the time
             out = (q / math.sqrt(q.shape[-1]) @ k.mT).softmax(-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -168,7 +168,7 @@ class Layers(nn.Module):
         self.norm = nn.LayerNorm(width, 1e-6, not channels)
 
     def run(self, x, latents, z=None):
-        """B x N x D and [B x L x D] or [] -> the same behind all layers."""
+        """B x N x D and [B x L x D] or [] -> both after the last layer."""
         n, first, ropes = x.shape[1], 0, [None] * len(self.blocks)
         if hasattr(self, "class_token"):
             first, x = 1, torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
@@ -350,9 +350,9 @@ Target = namedtuple("Target", "width features loss")
 
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network."""
-    net = (cached_classifier(images, dist, cfg.out, seed=1)  # seed 0 scores samples
+    net = (cached_classifier(images, dist, cfg.out, seed=1)  # the evaluation uses seed 0
            if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
-    dist.compiled(net, cfg.compile)
+    dist.compiled(net, cfg.compile)  # patch_features calls it
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
@@ -505,7 +505,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
         model.requires_grad_(False).decoder.requires_grad_(True)
     ema, own = Ema(model, cfg.ema), make_optimizers(model, cfg)
     optimizers = own + (adversary.optimizers if adversary else [])
-    stateful = [part for part in (*optimizers, adversary) if part]
+    stateful = [*optimizers, adversary] if adversary else optimizers
     start = restore(state, model, ema, stateful) if state else 0
 
     net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
@@ -518,9 +518,9 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     for step in range(start, steps):
         total_step = step if stage == 1 else cfg.steps + step
         adversarial = adversary and total_step + 1 >= cfg.adv_start
-        x, _ = loader(step)  # B x 3 x S x S in [-1, 1]
+        x, _ = loader(step)  # B x 3 x S x S in [-1, 1], this process's rows; larger before a crop
         if cfg.augment == "crop":
-            rng = dist.rng(cfg.seed, "augmentation", total_step, 5)  # 0 to 4: the adversary's
+            rng = dist.rng(cfg.seed, "augmentation", total_step, 5)  # the adversary uses 0 to 4
             x = random_crop(x, cfg.size, batch, mine, rng)
 
         # The mask: one ratio for the whole batch
@@ -536,12 +536,11 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             inputs.append(torch.randn(shape, generator=generator, device=x.device)[mine])
 
         terms, recons = {}, []
-        for micro in dist.micro_batches(net, len(x), cfg.micro_batch):
-            share = (micro.stop - micro.start) / len(x)
+        for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share of the rows
             with dist.autocast():
                 out = net(*(rows[micro] for rows in inputs))
-                # Eq. 6. The graph is cut at the reconstruction: each image term is differentiated
-                # once, down to the pixels. The adaptive weight follows from these gradients
+                # Eq. 6. We detach the reconstruction. Each image loss gives a gradient at the
+                # pixels. The adaptive weight needs these gradients
                 recon = out["recon"].detach().requires_grad_()
                 losses = image_loss(recon, x[micro], lpips)
             nll = losses["recon"]
@@ -565,7 +564,8 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
                 losses[name] = target.loss(out[name], target.features(x[micro]), where)
                 aux_loss = aux_loss + cfg.aux_weight * losses[name]
 
-            # One backward pass. Only the gradient of image_term matters: it is grad_recon
+            # One backward pass. The gradient of image_term at the reconstruction is grad_recon;
+            # its value means nothing. DDP averages over processes in the last micro-batch
             image_term = (out["recon"] * grad_recon).sum()
             ((image_term + aux_loss) * share).backward()
             recons.append(recon.detach())  # for the discriminator
@@ -581,11 +581,11 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             terms |= adversary.train_step(x, torch.cat(recons), total_step)
         ema.update(step)  # the model that is evaluated
 
-        log.add(lr_scale, **terms)  # no wait for the device
+        log.add(lr_scale, **terms)  # does not wait for the device
         done = step + 1
         saving = done == steps or done % cfg.save_every == 0
         if saving or done % cfg.log_every == 0:
-            log.write(done)  # ends the run before it saves what is not finite
+            log.write(done)  # a term that is not finite ends the run; the old checkpoint stays
         if saving:
             dist.save(Path(cfg.out) / "ckpt.pt", {
                 "kind": "tokenizer", "config": asdict(cfg), "stage": stage, "step": done,
@@ -684,7 +684,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     metrics = {"images": len(val), "precision": dist.precision, "seed": cfg.seed,
                "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
-    # Its small network says little about a thousand classes, and would read all images
+    # The small classifier is weak on a thousand classes, and training it reads all images
     judge = ClassifierFD(images, val, dist, cfg.out) if 1 < classes < 1000 else None
     inception = cfg.weights if cfg.rfid else None
     for name, model in stages.items():
@@ -696,7 +696,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     z, y = encode_dataset(stages["stage2"], val, dist)
     metrics["latents_unchanged_by_stage2"] = torch.equal(z, encode_dataset(stages["stage1"], val, dist)[0])
     if classes > 1:
-        train_z, train_y = encode_dataset(model, images, dist)
+        train_z, train_y = encode_dataset(stages["stage2"], images, dist)
         metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
         metrics["probe_images"] = len(train_z), len(z)  # evenly spaced in large sets
         dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
@@ -897,7 +897,7 @@ class Adversary(nn.Module):
         if size > 224 and rng.random() < 0.5:
             top, left = rng.integers(0, size - 223, 2)
             x = x[:, :, top:top + 224, left:left + 224]
-        return x.contiguous()  # other strides would be another graph
+        return x.contiguous()  # torch.compile makes a graph for other strides
 
     def generator_loss(self, recon: Tensor, step: int, micro: slice) -> Tensor:
         """L_adv of Eq. 6, for rows `micro`."""
@@ -907,8 +907,7 @@ class Adversary(nn.Module):
     def train_step(self, real: Tensor, fake: Tensor, step: int) -> dict:
         """One step. Returns terms of the log."""
         cfg, (net,), terms = self.cfg, self.wrapped, {}
-        for micro in self.dist.micro_batches(net, len(real), cfg.micro_batch):
-            share = (micro.stop - micro.start) / len(real)
+        for micro, share in self.dist.micro_batches(net, len(real), cfg.micro_batch):
             pairs = (real, fake) * (2 if cfg.consistency else 1)
             views = [self.view(x[micro], 1 + i, step, micro) for i, x in enumerate(pairs)]
             with self.dist.autocast():
