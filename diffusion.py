@@ -485,6 +485,9 @@ def main(cfg: Config, dist: Dist) -> None:
     data = str(Path(data).absolute()) if Path(data).exists() else data
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
+    known = load_checkpoint(cfg.tokenizer, "tokenizer").get("images")
+    if known and known != images.fingerprint:
+        dist.print(f"warning: the tokenizer was trained on other images than those of --data {data}")
     for part in (tokenizer.encoder, tokenizer.decoder) if cfg.compile else ():
         part.compile(fullgraph=True, dynamic=False)
     made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}

@@ -1575,6 +1575,15 @@ def test_init_takes_over_what_fits(chain, made, capsys):
     weights |= {"pos_embed": diffusion.token_positions(4, 48)}  # of another length: its own
     assert all(torch.equal(new[k], weights[k]) for k in weights if k[:6] in ("blocks", "t_embe", "pos_em"))
 
+def test_a_tokenizer_of_other_images_is_said(chain, capsys):
+    make_folder("x", 30, "abc", 16)
+    state, known = torch.load(chain / "tokenizer/ckpt.pt"), data.ImageSet("x", 16, "train").fingerprint
+    for i, images in enumerate((None, known, "others")):  # None: not known
+        ONE.save(Path("t.pt"), state | {"images": images})
+        call(f"diffusion --tokenizer t.pt --data x --steps 1 --samples 0 --out {i}", fields={})
+        said = capsys.readouterr().out.count("warning: the tokenizer was trained on other images than those of --data /")
+        assert said == (images == "others")
+
 def test_nothing_of_an_earlier_run_stays_and_classes_without_images_are_not_sampled(made, capsys, monkeypatch):
     (make_folder("x", 1, "b") / "b/0.png").write_text("no picture")
     make_folder("x", 30, "ac", 16)
