@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from data import Dist, Shards, die, keep_outside, launch, make_shards, option, save_grid, writing
-from diffusion import SamplerConfig, draw_labels, generate, load_diffusion
-from tokenizer import decode_images, fingerprint, load_tokenizer
+from diffusion import SamplerConfig, generate, load_diffusion
+from tokenizer import compiled, decode_images, fingerprint, load_tokenizer
 
 @dataclass(frozen=True)
 class Config:
@@ -44,9 +44,9 @@ class Config:
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("--guidance-low <= --guidance-high <= 1 is needed")
 
-PAPER = {  # Sec. 4
+PAPER = {  # Sec. 4. bf16 would round each velocity to 3 digits
     "sampler": "sde", "steps": 250, "num_samples": 50_000, "guidance": 1.9,
-    "labels": "random", "compile": torch.cuda.is_available(), "precision": "fp32"}  # bf16 rounds each velocity to 3 digits
+    "labels": "random", "compile": torch.cuda.is_available(), "precision": "fp32"}
 PRESETS = {
     "quick": {}, "paper256": PAPER, "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7},
     "lightning256": PAPER | {"sampler": "euler", "guidance": 1.8},
@@ -54,16 +54,18 @@ PRESETS = {
 
 def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int, present=()) -> np.ndarray:
     """The class of each of n images. `present`: classes with training images."""
-    if rule in ("balanced", "random"):
-        return draw_labels(rule, n, np.array(present or range(len(classes))), dist, seed)
+    present = present or range(len(classes))
+    if rule == "random":
+        return dist.rng(seed, "labels").choice(present, n)
+    if rule == "balanced":
+        return np.resize(present, n)
     numbers = {name: i for i, name in enumerate(classes)}
     if not any(name.isdigit() for name in classes):  # else a missing name would be a number
         numbers |= {str(i): i for i in range(len(classes))}
-    words = rule.split(",")
-    for word in words:
+    for word in rule.split(","):
         if word not in numbers:
             die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
-    return np.resize([numbers[word] for word in words], n)
+    return np.resize([numbers[word] for word in rule.split(",")], n)
 
 def save_npz(path: Path, images: Shards, **arrays) -> None:
     """An npz as numpy writes it. arr_0 goes shard by shard."""
@@ -91,16 +93,30 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
 
     guide = None
     if cfg.guide:
-        guide, guide_cfg, other = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
-        ours, theirs = meta | {"path": trained.path}, other | {"path": guide_cfg.path}
+        guide, other, theirs = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
+        ours, theirs = meta | {"path": trained.path}, theirs | {"path": other.path}
         for name in ("tokenizer_weights", "images", "path"):
             if ours.get(name) != theirs.get(name):
                 die(f"--guide {cfg.guide} was trained with other {name} than {cfg.model}")
+        compiled(guide, cfg)
     elif cfg.guidance > 1 and not trained.label_dropout:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
-    for net in filter(None, (model, guide)) if cfg.compile else ():
-        net.compile(fullgraph=True, dynamic=False)
-    return model, trained, meta, tokenizer, guide
+    return compiled(model, cfg), trained, meta, tokenizer, guide
+
+def save(out: Path, cfg: Config, images: Shards, labels: np.ndarray, classes: list, made_of: dict):
+    """Write samples.npz, grid.png and png/, in place of an earlier run's."""
+    if (out / "samples.npz").exists() or (out / "grid.png").exists():  # else png/ is not ours
+        shutil.rmtree(out / "png", ignore_errors=True)
+        for name in ("metrics.json", "grid.png"):
+            (out / name).unlink(missing_ok=True)
+    save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
+    n, names = len(labels), [classes[c] for c in labels]
+    if cfg.png:
+        (out / "png").mkdir()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png"), range(n)))
+    first = torch.from_numpy(images[np.arange(min(n, 80))])
+    save_grid(out / "grid.png", first.permute(0, 3, 1, 2), 10, names=names)
 
 def main(cfg: Config, dist: Dist) -> None:
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)
@@ -108,37 +124,28 @@ def main(cfg: Config, dist: Dist) -> None:
     classes, n = meta["classes"], cfg.num_samples
     labels = choose_labels(cfg.labels, n, classes, dist, cfg.seed, meta.get("present"))
     guidance = cfg.guidance if len(classes) > 1 or guide else 1.0
-    sampling = SamplerConfig(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high,
-                             cfg.seed, cfg.path or trained.path)
+    sampling = SamplerConfig(
+        cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed,
+        cfg.path or trained.path)
     mean, std = (torch.tensor(meta[key], device=dist.device) for key in ("mean", "std"))
 
     def make(start, stop):
         y = torch.from_numpy(labels[start:stop])
-        z = generate(model, range(start, stop), y, sampling, dist, guide)
+        z = generate(model, range(start, stop), y, sampling, dist, guide)  # B x L x H
         return decode_images(tokenizer, z * std + mean, dist).permute(0, 2, 3, 1).cpu().numpy()
 
     made_of = asdict(sampling) | {
         "n": n, "labels": cfg.labels, "data": meta["data"], "size": meta["size"],
         "training_steps": meta["step"], "precision": dist.precision, "batch_size": cfg.batch_size}
-    nets = {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}
-    made_of |= {name: net and fingerprint(net.state_dict(), "") for name, net in nets.items()}
+    for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
+        made_of[name] = net and fingerprint(net.state_dict(), "")
     out = dist.make_out_dir(cfg.out)
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
-        if (out / "samples.npz").exists() or (out / "grid.png").exists():  # of an earlier run
-            shutil.rmtree(out / "png", ignore_errors=True)
-            for name in ("metrics.json", "grid.png"):
-                (out / name).unlink(missing_ok=True)
-        save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
-        if cfg.png:
-            (out / "png").mkdir()
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png"), range(n)))
-        first = torch.from_numpy(images[np.arange(min(n, 80))]).permute(0, 3, 1, 2)
-        save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
+        save(out, cfg, images, labels, classes, made_of)
         shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
-    dist.print(f"wrote {out}: {sampling}, {sampling.nfe()} network calls, "
-               f"{sampling.nfe_with_guidance()} if a guided one counts twice")
+    calls, doubled = sampling.nfe()
+    dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if a guided one counts twice")
     dist.barrier()
 
 if __name__ == "__main__":
