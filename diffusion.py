@@ -2,15 +2,15 @@
 
     torchrun diffusion.py  # encodes the data once, trains -> out/diffusion/
 
-Time t runs from 0 (latents x, normalised) to 1 (Gaussian noise eps): x_t = alpha x + sigma eps.
-The network learns the velocity v = alpha' x + sigma' eps; on the linear path v = eps - x.
+Time t runs from 0 (normalised latents x) to 1 (noise eps): x_t = alpha x + sigma eps. The network
+learns the velocity v = alpha' x + sigma' eps; on the linear path v = eps - x.
 """
 import json  # noqa: I001
 import math
 import os
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +32,8 @@ from tokenizer import (
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """B -> B x width: cos and sin of t at width/2 frequencies from 1 down to 1/10000."""
-    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t.float()[:, None] * freqs  # B x width/2
+    i = torch.arange(width // 2, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * i / (width // 2))  # B x width/2
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 def token_positions(length: int, width: int) -> Tensor:
@@ -63,12 +63,12 @@ STYLES = {
 
 class SiTBlock(nn.Module):
     """A transformer layer that the condition c shifts, scales and gates (adaLN-Zero)."""
-
     def __init__(self, width, heads, style, qk_norm):
         super().__init__()
         norm, norm_qk, mlp = STYLES[style]
         self.norm1, self.norm2 = norm(width), norm(width)
-        self.attn, self.mlp = Attention(width, heads, norm_qk if qk_norm else nn.Identity), mlp(width)
+        self.attn = Attention(width, heads, norm_qk if qk_norm else nn.Identity)
+        self.mlp = mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
@@ -78,15 +78,13 @@ class SiTBlock(nn.Module):
 
 class SiT(nn.Module):
     """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class)."""
-
-    def __init__(self, length: int, channels: int, classes: int, width, depth, heads, style="sit", qk_norm=False):
+    def __init__(self, length, channels, classes, width, depth, heads, style="sit", qk_norm=False):
         super().__init__()  # parameters have the names of the released checkpoints
         self.shape, self.null_class, self.size = (length, channels), classes, (width, heads)
-        self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)  # 1 x L x D
-        rope = None
-        if style == "lightning":  # it turns queries and keys by the token's number
-            table = token_positions(length, width // heads)[0]  # L x d
-            rope = torch.stack([table[:, 1::2], table[:, 0::2]])  # cos and sin, 2 x L x d/2
+        self.pos_embed = nn.Parameter(token_positions(length, width), False)  # 1 x L x D
+        # Lightning also turns queries and keys by the token's number
+        sin, cos = token_positions(length, width // heads).unflatten(2, (-1, 2)).unbind(3)  # 1 x L x d/2
+        rope = torch.cat([cos, sin]) if style == "lightning" else None  # 2 x L x d/2
         self.register_buffer("rope", rope, persistent=False)
         self.x_embedder = nn.Linear(channels, width)  # a token is a patch of size 1
         mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -147,21 +145,17 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tens
 # ---- Sampling. The state is float64, so that hundreds of small steps add up without rounding
 
 def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None) -> Callable:
-    """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v.
-
-    In autoguidance a worse model `guide`, given the class, replaces the null branch.
-    """
+    """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v."""
     def velocity(x, t, gate=None):
         x, times = x.float(), y.new_full((len(x),), t, dtype=torch.float32)
         if scale <= 1 or not low <= (t if gate is None else gate) <= high:
             return model(x, times, y).double()
-        if guide:
+        if guide:  # autoguidance: a worse model, given the class, is the null branch
             v, v_null = model(x, times, y), guide(x, times, y)  # B x L x H each
         else:  # both branches in one call
             both = torch.cat([y, torch.full_like(y, model.null_class)])  # 2B
             v, v_null = model(x.repeat(2, 1, 1), times.repeat(2), both).chunk(2)
         return v_null.double() + scale * (v.double() - v_null.double())
-
     return velocity
 
 def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False) -> Tensor:
@@ -259,8 +253,8 @@ def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: D
     rows = make_shards(folder, len(images), batch, encode, made_of, dist, "encoding")
 
     flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
-    sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)  # 2 x H
-    mean, square = sums / math.prod(rows.shape[:-1])
+    sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)
+    mean, square = sums / math.prod(rows.shape[:-1])  # H each
     std = np.sqrt((square - mean**2).clip(min=0))
     least = 1e-6 * std.max()  # no division by zero
     dead = np.flatnonzero(std <= least).tolist()
@@ -279,16 +273,16 @@ class Config:
     tokenizer: str = free("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
     data: str = free("", "the images; empty: as for the tokenizer")
     out: str = free("out/diffusion", "folder of the run")
-    init: str = free("", "checkpoint to start from, ours or a released SiT")
+    init: str = free("", "checkpoint to start from, ours or released")
     width: int = positive(192, "width D")
     depth: int = positive(6, "transformer layers")
     heads: int = positive(3, "attention heads")
-    style: str = option("sit", "lightning has RMSNorm, SwiGLU and RoPE", tuple(STYLES))
+    style: str = option("sit", "lightning: RMSNorm, SwiGLU, RoPE", tuple(STYLES))
     qk_norm: bool = option(False, "normalise queries and keys")
-    cosine_loss: float = 0.0  # weight of LightningDiT's cosine term
+    cosine_loss: float = 0.0  # weight
     path: str = option("linear", "from data to noise", tuple(PATHS))
     time: str = "lognormal"  # distribution of t in training; or uniform
-    label_dropout: float = 0.1  # share of labels replaced by the null class
+    label_dropout: float = 0.1  # share of null labels
     steps: int = positive(600, "training steps")
     batch_size: int = positive(256, "latents a step, of all processes")
     micro_batch: int = free(0, "latents at once in a process; 0: all")
@@ -304,20 +298,20 @@ class Config:
     sampler: str = free("heun", "of previews and evaluation", ("euler", "heun", "sde"))
     sampling_steps: int = free(10, "steps of that sampler", least=1)
     guidance: float = free(2.0, "guidance scale; 1: no guidance", least=1)
-    guidance_high: float = free(0.75, "guidance acts where t <= this; t = 1 is noise")
+    guidance_high: float = free(0.75, "guidance acts where t <= this")
     samples: int = free(2000, "images to evaluate; 0: none")
     labels: str = "balanced"  # of these images; or random
     log_every: int = 200
     preview_every: int = 400  # samples.png
     save_every: int = free(500, "steps between checkpoints", least=1)
-    keep_every: int = free(0, "steps between step-N.pt, which are kept; 0: none")
+    keep_every: int = free(0, "steps between kept step-N.pt; 0: none")
     seed: int = option(0, "of all random numbers")
-    compile: bool = free(False, "torch.compile; on a CPU with a C++ compiler")
-    precision: str = free("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
+    compile: bool = free(False, "torch.compile; a CPU needs a C++ compiler")
+    precision: str = free("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         if self.width % (2 * self.heads) or self.guidance_high > 1:
-            raise ValueError(f"--width {self.width} must be a multiple of 2 --heads, --guidance-high at most 1")
+            raise ValueError(f"--width {self.width}: a multiple of 2 --heads; --guidance-high: at most 1")
         if self.cosine_loss and not self.clip:
             raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
@@ -336,11 +330,10 @@ LIGHTNING = SIT | {
     "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,
     "lr": 2e-4, "beta2": 0.95, "sampler": "euler", "guidance": 1.8}
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
-PRESETS = {"quick": {}}
-for name, numbers in SIZES.items():
-    size = dict(zip(("width", "depth", "heads"), numbers))
-    PRESETS |= {f"sit-{name}": SIT | size, f"sit-{name}-40ep": EP40 | size}
-    PRESETS |= {f"lightning-{name}": LIGHTNING | size}
+KINDS = {"sit-{}": SIT, "sit-{}-40ep": EP40, "lightning-{}": LIGHTNING}
+PRESETS = {"quick": {}} | {
+    kind.format(size): preset | dict(zip(("width", "depth", "heads"), numbers))
+    for size, numbers in SIZES.items() for kind, preset in KINDS.items()}
 
 def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init=None) -> SiT:
     """The averaged model. `meta` goes into checkpoints; `init` is a model to start from."""
@@ -393,8 +386,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
             terms[f"t<{k / 4:g}"] = (losses * inside).sum(), inside.sum()
         log.add(lr_scale, **terms)
 
-        done = step + 1
-        last = done == cfg.steps
+        done, last = step + 1, step + 1 == cfg.steps
         keeping = cfg.keep_every and done % cfg.keep_every == 0
         saving = last or done % cfg.save_every == 0
         if saving or keeping or done % cfg.log_every == 0:
@@ -404,13 +396,13 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
         if keeping:
             dist.save(ckpt.with_name(f"step-{done}.pt"), state)
         if saving:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            dist.save(ckpt, state | {"model": model.state_dict(), "optimizers": states})
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            dist.save(ckpt, state | {"model": model.state_dict()})
         if dist.is_main and (last or done % cfg.preview_every == 0):
             preview(ema.model)
     return ema.model
 
-# ---- Loading
+# ---- Loading, and the run
 
 def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tuple:
     """(averaged model of a run or a released SiT, settings, what else is stored)"""
@@ -428,12 +420,13 @@ def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tu
 
 def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
     """The state dict of a released SiT. heads 0: those of its size."""
-    rows, width = weights["y_embedder.embedding_table.weight"].shape
-    shape = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape[1]
-    depth = sum(key.endswith("attn.qkv.weight") for key in weights)
+    length, (width, channels) = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape
+    classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
     heads = heads or (16 if width == 1152 else width // 64)
+    normed = "blocks.0.attn.q_norm.weight" in weights
     with torch.device("meta"):
-        model = SiT(*shape, rows - 1, width, depth, heads, "sit", "blocks.0.attn.q_norm.weight" in weights)
+        model = SiT(length, channels, classes, width, depth, heads, qk_norm=normed)
     model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -448,20 +441,23 @@ def load_official(file: Path, device, tokenizer: str | None) -> tuple:
     meta = {"classes": [str(c) for c in range(model.null_class)], "data": "", "step": 0}
     if tokenizer:
         state = load_checkpoint(tokenizer, "tokenizer")
+        meta |= {"tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
         with reading(tokenizer, "a tokenizer converted with its config.json"):
             meta |= {name: [x] * model.shape[1] for name, x in state["latent_statistics"].items()}
-        meta |= {"tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"]),
-                 "size": state["config"]["size"]}
+            meta["size"] = state["config"]["size"]
     # Nothing says on which path it was trained. The demos sample with cosine
     return model, Config(path="cosine"), meta
-
-# ---- The run
 
 def open_inputs(cfg: Config, dist: Dist) -> tuple:
     """(tokenizer, training images, where they lie, model of --init)"""
     for path in filter(None, (cfg.tokenizer, cfg.init)):
         if Path(path).resolve().parent == Path(cfg.out).resolve():
             die(f"--out {cfg.out} is the folder of {path}, whose ckpt.pt it would overwrite")
+    init, begun = None, Path(cfg.out, "ckpt.pt").exists()
+    if cfg.init and not begun:
+        init, _, _ = load_diffusion(cfg.init, dist.device)
+        if init.size != (cfg.width, cfg.heads):
+            die("--init {} needs --width {} --heads {}".format(cfg.init, *init.size))
     tokenizer, tok = load_tokenizer(cfg.tokenizer, dist.device)
     data = cfg.data or tok.data
     data = str(Path(data).absolute()) if Path(data).exists() else data
@@ -472,29 +468,22 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
         dist.print("warning: the tokenizer was trained on other images than those of --data", data)
     if len(empty := np.delete(images.classes, images.labels)):
         dist.print("warning: no training images, so no samples, of", ", ".join(empty[:20]))
-
-    init = None
-    if cfg.init and not Path(cfg.out, "ckpt.pt").exists():  # else the run goes on
-        init, _, _ = load_diffusion(cfg.init, dist.device)
-        if init.size != (cfg.width, cfg.heads):
-            die("--init {} needs --width {} --heads {}".format(cfg.init, *init.size))
     for part in (tokenizer.encoder, tokenizer.decoder):
         compiled(part, cfg)
     return tokenizer, images, data, init
 
 def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
     """Scores of samples. Decoded noise and reconstructions are bounds."""
-    judge, n, present = ClassifierFD(images, val, dist, cfg.out), cfg.samples, np.unique(images.labels)
-    drawn = dist.rng(cfg.seed, "labels").choice(present, n)
-    y = torch.from_numpy(drawn if cfg.labels == "random" else np.resize(present, n))
+    judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
+    present, rng = np.unique(images.labels), dist.rng(cfg.seed, "labels")
+    y = torch.from_numpy(rng.choice(present, n) if cfg.labels == "random" else np.resize(present, n))
     samples = LazyImages(n, lambda index: make(model, y[index], index))
-    noise = LazyImages(n, lambda index: make(model, y[index], index, steps=0))
+    noise = LazyImages(n, lambda index: make(model, y[index], index, SamplerConfig(steps=0, seed=cfg.seed)))
     recons = LazyImages(len(val), lambda index: reconstruct(tokenizer, val[index], dist))
-    rows = {}
+    rows = {"real validation images": judge.reference}
     rows["samples"], moments = judge.score(samples, y)
-    rows["decoded noise"], _ = judge.score(noise)
+    rows["decoded noise"], _ = judge.score(noise, y)
     rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
-    rows["real validation images"] = judge.reference
     # Without the error of the decoder
     rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
     for name, row in rows.items():
@@ -509,7 +498,8 @@ def main(cfg: Config, dist: Dist) -> None:
     out = dist.make_out_dir(cfg.out, cfg, made_of)
     latents = encode_dataset(tokenizer, images, out / "latents", dist)
     if dist.is_main and (out / "log.jsonl").exists():  # what an earlier run left
-        for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if (out / "ckpt.pt").exists() else 3]:
+        begun = (out / "ckpt.pt").exists()
+        for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]:
             for path in out.glob(name):
                 path.unlink()
 
@@ -522,8 +512,8 @@ def main(cfg: Config, dist: Dist) -> None:
     sampling = SamplerConfig(
         cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high, cfg.seed, cfg.path)
 
-    def make(model, y, index, steps=cfg.sampling_steps):
-        z = generate(model, index, y, replace(sampling, steps=steps), dist)
+    def make(model, y, index, how=sampling):
+        z = generate(model, index, y, how, dist)  # B x L x H
         return decode_images(tokenizer, z * latents.std + latents.mean, dist)
 
     def preview(model):

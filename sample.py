@@ -52,20 +52,19 @@ PRESETS = {
     "lightning256": PAPER | {"sampler": "euler", "guidance": 1.8},
     "lightning512": PAPER | {"sampler": "euler", "guidance": 1.6, "guidance_high": 0.65}}
 
-def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int, present=()) -> np.ndarray:
+def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, present=()) -> np.ndarray:
     """The class of each of n images. `present`: classes with training images."""
-    present = present or range(len(classes))
+    chosen = present or range(len(classes))
     if rule == "random":
-        return dist.rng(seed, "labels").choice(present, n)
-    if rule == "balanced":
-        return np.resize(present, n)
-    numbers = {name: i for i, name in enumerate(classes)}
-    if not any(name.isdigit() for name in classes):  # else a missing name would be a number
-        numbers |= {str(i): i for i in range(len(classes))}
-    for word in rule.split(","):
-        if word not in numbers:
-            die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
-    return np.resize([numbers[word] for word in rule.split(",")], n)
+        return dist.rng(seed, "labels").choice(chosen, n)
+    if rule != "balanced":
+        numbers = {name: i for i, name in enumerate(classes)}
+        if not any(name.isdigit() for name in classes):  # else a missing name would be a number
+            numbers |= {str(i): i for i in range(len(classes))}
+        if unknown := [word for word in rule.split(",") if word not in numbers]:
+            die(f"--labels {rule}: {unknown[0]!r} is none of the classes {', '.join(classes[:20])}")
+        chosen = [numbers[word] for word in rule.split(",")]
+    return np.resize(chosen, n)
 
 def save_npz(path: Path, images: Shards, **arrays) -> None:
     """An npz as numpy writes it. arr_0 goes shard by shard."""
@@ -103,20 +102,20 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
     return compiled(model, cfg), trained, meta, tokenizer, guide
 
-def save(out: Path, cfg: Config, images: Shards, labels: np.ndarray, classes: list, made_of: dict):
+def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict) -> None:
     """Write samples.npz, grid.png and png/, in place of an earlier run's."""
     if (out / "samples.npz").exists() or (out / "grid.png").exists():  # else png/ is not ours
         shutil.rmtree(out / "png", ignore_errors=True)
         for name in ("metrics.json", "grid.png"):
             (out / name).unlink(missing_ok=True)
     save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
-    n, names = len(labels), [classes[c] for c in labels]
     if cfg.png:
         (out / "png").mkdir()
+        write = lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png"), range(n)))
-    first = torch.from_numpy(images[np.arange(min(n, 80))])
-    save_grid(out / "grid.png", first.permute(0, 3, 1, 2), 10, names=names)
+            list(pool.map(write, range(len(labels))))
+    first = torch.from_numpy(images[np.arange(min(len(labels), 80))]).permute(0, 3, 1, 2)
+    save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
 
 def main(cfg: Config, dist: Dist) -> None:
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)
@@ -144,8 +143,7 @@ def main(cfg: Config, dist: Dist) -> None:
     if dist.is_main:
         save(out, cfg, images, labels, classes, made_of)
         shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
-    calls, doubled = sampling.nfe()
-    dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if a guided one counts twice")
+    dist.print("wrote {}: {}, {} network calls, {} if a guided one counts twice".format(out, sampling, *sampling.nfe()))
     dist.barrier()
 
 if __name__ == "__main__":
