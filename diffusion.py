@@ -251,7 +251,7 @@ def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: D
     made_of = {"tokenizer": weights, "images": images.fingerprint, "precision": dist.precision}
     batch = max(1, min(500, 500 * 128**2 // images.size**2))
     rows = make_shards(folder, len(images), batch, encode, made_of, dist, "encoding")
-
+    # Mean and deviation of each channel
     flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
     sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)
     mean, square = sums / math.prod(rows.shape[:-1])  # H each
@@ -262,8 +262,8 @@ def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: D
         die("all latents are equal: the tokenizer has learned nothing, train it again")
     if dead:
         dist.print(f"warning: the latent channels {dead} are constant")
-    stats = torch.from_numpy(np.float32([mean, std.clip(min=least)]))  # 2 x H
-    return LatentSet(rows, images.labels, np.arange(len(images)), *stats.to(dist.device))
+    stats = torch.from_numpy(np.float32([mean, std.clip(min=least)])).to(dist.device)  # 2 x H
+    return LatentSet(rows, images.labels, np.arange(len(images)), *stats)
 
 # ---- Training
 
@@ -324,13 +324,14 @@ SIT = {  # Sec. 4 of the paper
     "guidance": 1.9, "samples": 0, "labels": "random", "save_every": 2000, "preview_every": 10_000,
     "compile": torch.cuda.is_available(),
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
-# 40 epochs as in arXiv 2603.05630. Their gFID with the released tokenizer: b 13.73, xl 6.27
-EP40 = SIT | {"steps": 400_000, "batch_size": 128, "guidance": 1.0}
 LIGHTNING = SIT | {
     "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,
     "lr": 2e-4, "beta2": 0.95, "sampler": "euler", "guidance": 1.8}
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
-KINDS = {"sit-{}": SIT, "sit-{}-40ep": EP40, "lightning-{}": LIGHTNING}
+KINDS = {
+    "sit-{}": SIT, "lightning-{}": LIGHTNING,
+    # As in arXiv 2603.05630. Their gFID with the released tokenizer: b 13.73, xl 6.27
+    "sit-{}-40ep": SIT | {"steps": 400_000, "batch_size": 128, "guidance": 1.0}}
 PRESETS = {"quick": {}} | {
     kind.format(size): preset | dict(zip(("width", "depth", "heads"), numbers))
     for size, numbers in SIZES.items() for kind, preset in KINDS.items()}
@@ -356,7 +357,6 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
 
     for step in range(start, cfg.steps):
         x, y = loader(step)  # B x L x H, B
-
         # Time, noise and dropped labels, drawn for the global batch
         generator = dist.generator(cfg.seed, "training noise", step)
         t = sample_timesteps(n, cfg.time, cfg.path, generator)[mine]
@@ -405,33 +405,18 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
 # ---- Loading, and the run
 
 def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tuple:
-    """(averaged model of a run or a released SiT, settings, what else is stored)"""
+    """(averaged model, settings, what else is stored). A released SiT samples with `tokenizer`."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
-    if file.suffix == ".safetensors":
-        return load_official(file, device, tokenizer)
-    state = load_checkpoint(file, "diffusion")
-    with reading(file, "a diffusion model of this code"):
-        cfg = Config(**state["config"])
-        model = cfg.build_sit(state["shape"], len(state["classes"]))
-        model.load_state_dict(state["ema"])
-        if np.isfinite(state["mean"] + state["std"]).sum() != 2 * model.shape[1]:
-            raise ValueError("the statistics of its latents are damaged")
-    return model.to(device).eval().requires_grad_(False), cfg, state
+    if file.suffix != ".safetensors":
+        state = load_checkpoint(file, "diffusion")
+        with reading(file, "a diffusion model of this code"):
+            cfg = Config(**state["config"])
+            model = cfg.build_sit(state["shape"], len(state["classes"]))
+            model.load_state_dict(state["ema"])
+            if np.isfinite(state["mean"] + state["std"]).sum() != 2 * model.shape[1]:
+                raise ValueError("the statistics of its latents are damaged")
+        return model.to(device).eval().requires_grad_(False), cfg, state
 
-def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
-    """The state dict of a released SiT. heads 0: those of its size."""
-    length, (width, channels) = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape
-    classes = len(weights["y_embedder.embedding_table.weight"]) - 1
-    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
-    heads = heads or (16 if width == 1152 else width // 64)
-    normed = "blocks.0.attn.q_norm.weight" in weights
-    with torch.device("meta"):
-        model = SiT(length, channels, classes, width, depth, heads, qk_norm=normed)
-    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
-    return model.eval().requires_grad_(False)
-
-def load_official(file: Path, device, tokenizer: str | None) -> tuple:
-    """`tokenizer`: the converted one; None: only the model is needed."""
     if tokenizer == "":
         die("a released SiT needs --tokenizer")
     with reading(file, "a released SiT"):
@@ -448,17 +433,31 @@ def load_official(file: Path, device, tokenizer: str | None) -> tuple:
     # Nothing says on which path it was trained. The demos sample with cosine
     return model, Config(path="cosine"), meta
 
+def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
+    """The state dict of a released SiT. heads 0: those of its size."""
+    length, (width, channels) = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape
+    classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
+    heads = heads or (16 if width == 1152 else width // 64)
+    normed = "blocks.0.attn.q_norm.weight" in weights
+    with torch.device("meta"):
+        model = SiT(length, channels, classes, width, depth, heads, qk_norm=normed)
+    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
 def open_inputs(cfg: Config, dist: Dist) -> tuple:
     """(tokenizer, training images, where they lie, model of --init)"""
     for path in filter(None, (cfg.tokenizer, cfg.init)):
         if Path(path).resolve().parent == Path(cfg.out).resolve():
             die(f"--out {cfg.out} is the folder of {path}, whose ckpt.pt it would overwrite")
-    init, begun = None, Path(cfg.out, "ckpt.pt").exists()
-    if cfg.init and not begun:
+    init = None
+    if cfg.init and not Path(cfg.out, "ckpt.pt").exists():  # else the run goes on
         init, _, _ = load_diffusion(cfg.init, dist.device)
         if init.size != (cfg.width, cfg.heads):
             die("--init {} needs --width {} --heads {}".format(cfg.init, *init.size))
     tokenizer, tok = load_tokenizer(cfg.tokenizer, dist.device)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        compiled(part, cfg)
     data = cfg.data or tok.data
     data = str(Path(data).absolute()) if Path(data).exists() else data
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
@@ -468,18 +467,18 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
         dist.print("warning: the tokenizer was trained on other images than those of --data", data)
     if len(empty := np.delete(images.classes, images.labels)):
         dist.print("warning: no training images, so no samples, of", ", ".join(empty[:20]))
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        compiled(part, cfg)
     return tokenizer, images, data, init
 
 def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
     """Scores of samples. Decoded noise and reconstructions are bounds."""
     judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
-    present, rng = np.unique(images.labels), dist.rng(cfg.seed, "labels")
-    y = torch.from_numpy(rng.choice(present, n) if cfg.labels == "random" else np.resize(present, n))
-    samples = LazyImages(n, lambda index: make(model, y[index], index))
-    noise = LazyImages(n, lambda index: make(model, y[index], index, SamplerConfig(steps=0, seed=cfg.seed)))
-    recons = LazyImages(len(val), lambda index: reconstruct(tokenizer, val[index], dist))
+    present = np.unique(images.labels)
+    draw = dist.rng(cfg.seed, "labels").choice if cfg.labels == "random" else np.resize
+    y = torch.from_numpy(draw(present, n))
+    no_step = SamplerConfig(steps=0, seed=cfg.seed)  # leaves the noise as it is
+    samples = LazyImages(n, lambda i: make(model, y[i], i))
+    noise = LazyImages(n, lambda i: make(model, y[i], i, no_step))
+    recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
     rows = {"real validation images": judge.reference}
     rows["samples"], moments = judge.score(samples, y)
     rows["decoded noise"], _ = judge.score(noise, y)
@@ -498,7 +497,7 @@ def main(cfg: Config, dist: Dist) -> None:
     out = dist.make_out_dir(cfg.out, cfg, made_of)
     latents = encode_dataset(tokenizer, images, out / "latents", dist)
     if dist.is_main and (out / "log.jsonl").exists():  # what an earlier run left
-        begun = (out / "ckpt.pt").exists()
+        begun = (out / "ckpt.pt").exists()  # then its pictures and steps stay
         for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]:
             for path in out.glob(name):
                 path.unlink()
@@ -527,8 +526,8 @@ def main(cfg: Config, dist: Dist) -> None:
     elif cfg.samples:
         dist.print("one class only: no fd_classifier; look at samples.png")
     dist.save(out / "metrics.json", {
-        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels,
-        "against": data, "steps": cfg.steps, "precision": dist.precision})
+        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": data,
+        "steps": cfg.steps, "precision": dist.precision})
     dist.print(f"wrote {out}")
     dist.barrier()
 

@@ -25,7 +25,6 @@ class Config:
     model: str = option("out/diffusion/ckpt.pt", "checkpoint of diffusion.py, or a released SiT")
     tokenizer: str = option("", "checkpoint of tokenizer.py; empty: that of the model")
     guide: str = option("", "autoguidance: a worse model in place of the null class")
-    path: str = ""  # interpolation of the SDE sampler; empty: as trained
     out: str = option("out/samples", "folder to write")
     num_samples: int = option(2000, "number of images", least=1)
     labels: str = option("balanced", "balanced, random, or classes with commas")
@@ -33,12 +32,12 @@ class Config:
     steps: int = option(10, "sampler steps", least=1)
     guidance: float = option(2.0, "guidance scale; 1: no guidance", least=1)
     guidance_low: float = option(0.0, "guidance acts where this <= t")
-    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1 is noise")
+    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1: noise")
     batch_size: int = option(250, "images at a time", least=1)
     png: bool = option(False, "write png/000000.png and so on")
     seed: int = option(0, "seed of the noise and of random labels")
     compile: bool = False
-    precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         if not self.guidance_low <= self.guidance_high <= 1:
@@ -92,10 +91,10 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
 
     guide = None
     if cfg.guide:
-        guide, other, theirs = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
-        ours, theirs = meta | {"path": trained.path}, theirs | {"path": other.path}
+        guide, other, its_meta = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
+        ours, its = meta | {"path": trained.path}, its_meta | {"path": other.path}
         for name in ("tokenizer_weights", "images", "path"):
-            if ours.get(name) != theirs.get(name):
+            if ours.get(name) != its.get(name):
                 die(f"--guide {cfg.guide} was trained with other {name} than {cfg.model}")
         compiled(guide, cfg)
     elif cfg.guidance > 1 and not trained.label_dropout:
@@ -124,14 +123,14 @@ def main(cfg: Config, dist: Dist) -> None:
     labels = choose_labels(cfg.labels, n, classes, dist, cfg.seed, meta.get("present"))
     guidance = cfg.guidance if len(classes) > 1 or guide else 1.0
     sampling = SamplerConfig(
-        cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed,
-        cfg.path or trained.path)
-    mean, std = (torch.tensor(meta[key], device=dist.device) for key in ("mean", "std"))
+        cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed, trained.path)
+    mean, std = torch.tensor([meta["mean"], meta["std"]], device=dist.device)  # H each
 
     def make(start, stop):
         y = torch.from_numpy(labels[start:stop])
         z = generate(model, range(start, stop), y, sampling, dist, guide)  # B x L x H
-        return decode_images(tokenizer, z * std + mean, dist).permute(0, 2, 3, 1).cpu().numpy()
+        x = decode_images(tokenizer, z * std + mean, dist)  # B x 3 x S x S
+        return x.permute(0, 2, 3, 1).cpu().numpy()
 
     made_of = asdict(sampling) | {
         "n": n, "labels": cfg.labels, "data": meta["data"], "size": meta["size"],
@@ -143,7 +142,8 @@ def main(cfg: Config, dist: Dist) -> None:
     if dist.is_main:
         save(out, cfg, images, labels, classes, made_of)
         shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
-    dist.print("wrote {}: {}, {} network calls, {} if a guided one counts twice".format(out, sampling, *sampling.nfe()))
+    calls, doubled = sampling.nfe()
+    dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if guided ones count twice")
     dist.barrier()
 
 if __name__ == "__main__":
