@@ -88,7 +88,6 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
             break
     else:
         die(f"{path} is not the tokenizer that {cfg.model} was trained on: give --tokenizer")
-
     guide = None
     if cfg.guide:
         guide, other, its_meta = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
@@ -129,8 +128,7 @@ def main(cfg: Config, dist: Dist) -> None:
     def make(start, stop):
         y = torch.from_numpy(labels[start:stop])
         z = generate(model, range(start, stop), y, sampling, dist, guide)  # B x L x H
-        x = decode_images(tokenizer, z * std + mean, dist)  # B x 3 x S x S
-        return x.permute(0, 2, 3, 1).cpu().numpy()
+        return decode_images(tokenizer, z * std + mean, dist).permute(0, 2, 3, 1).cpu().numpy()
 
     made_of = asdict(sampling) | {
         "n": n, "labels": cfg.labels, "data": meta["data"], "size": meta["size"],
