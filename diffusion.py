@@ -2,15 +2,14 @@
 
     torchrun diffusion.py  # encodes the data once, trains -> out/diffusion/
 
-Time t runs from 0 (latents x, normalised) to 1 (Gaussian noise eps): x_t = alpha x + sigma eps.
-The network learns the velocity v = alpha' x + sigma' eps; on the linear path v = eps - x.
+Time t runs from 0 (normalised latents x) to 1 (noise eps): x_t = alpha x + sigma eps. The network
+learns the velocity v = alpha' x + sigma' eps; on the linear path v = eps - x.
 """
 import json  # noqa: I001
 import math
 import os
-import time
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,18 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (
-    Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, make_shards, option, reading,
-    save_grid, set_lr)
+    Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, make_shards,
+    option, reading, save_grid, set_lr)
 from fid import ClassifierFD, LazyImages, frechet_distance, read_weights
 from tokenizer import (
-    Attention, Mlp, decode_images, encode_images, fingerprint, free, load_tokenizer, reconstruct, restore, take_over)
+    Attention, Mlp, decode_images, encode_images, fingerprint, free, load_tokenizer,
+    positive, reconstruct, restore, take_over)
 
 # ---- The network
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """B -> B x width: cos and sin of t in [0, 1] at width/2 frequencies from 1 down to 1/10000."""
-    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t.float()[:, None] * freqs  # B x width/2
+    """B -> B x width: cos and sin of t at width/2 frequencies from 1 down to 1/10000."""
+    i = torch.arange(width // 2, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10_000) * i / (width // 2))  # B x width/2
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 def token_positions(length: int, width: int) -> Tensor:
@@ -45,8 +45,6 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 class SwiGlu(nn.Module):
-    """The gated MLP of LightningDiT."""
-
     def __init__(self, width: int):
         super().__init__()
         hidden = 8 * width // 3  # makes it as large as the plain MLP
@@ -57,7 +55,7 @@ class SwiGlu(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 # To add a style: its norm, its norm of queries and keys, its MLP
-layer_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # shift and scale come from c
+layer_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)  # c shifts and scales
 rms_norm = partial(nn.RMSNorm, eps=1e-6)
 STYLES = {
     "sit": (layer_norm, nn.LayerNorm, partial(Mlp, approximate="tanh")),
@@ -65,12 +63,12 @@ STYLES = {
 
 class SiTBlock(nn.Module):
     """A transformer layer that the condition c shifts, scales and gates (adaLN-Zero)."""
-
     def __init__(self, width, heads, style, qk_norm):
         super().__init__()
         norm, norm_qk, mlp = STYLES[style]
         self.norm1, self.norm2 = norm(width), norm(width)
-        self.attn, self.mlp = Attention(width, heads, norm_qk if qk_norm else nn.Identity), mlp(width)
+        self.attn = Attention(width, heads, norm_qk if qk_norm else nn.Identity)
+        self.mlp = mlp(width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
@@ -78,53 +76,42 @@ class SiTBlock(nn.Module):
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-class FinalLayer(nn.Module):
-    def __init__(self, width, channels, style):
-        super().__init__()
-        self.norm, self.linear = STYLES[style][0](width), nn.Linear(width, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, -1)  # B x 1 x D
-        return self.linear(modulate(self.norm(x), shift, scale))  # B x L x H
-
 class SiT(nn.Module):
     """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class)."""
-
-    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int,
-                 style: str = "sit", qk_norm: bool = False):
+    def __init__(self, length, channels, classes, width, depth, heads, style="sit", qk_norm=False):
         super().__init__()  # parameters have the names of the released checkpoints
-        self.shape, self.null_class, self.rope = (length, channels), classes, style == "lightning"
-        self.size = width, heads
-        self.pos_embed = nn.Parameter(token_positions(length, width), requires_grad=False)  # 1 x L x D
-        if self.rope:  # it turns queries and keys by the token's number
-            table = token_positions(length, width // heads)[0]  # L x d
-            self.register_buffer("sin", table[:, 0::2], persistent=False)
-            self.register_buffer("cos", table[:, 1::2], persistent=False)
+        self.shape, self.null_class, self.size = (length, channels), classes, (width, heads)
+        self.pos_embed = nn.Parameter(token_positions(length, width), False)  # 1 x L x D
+        # Lightning also turns queries and keys by the token's number
+        sin, cos = token_positions(length, width // heads).unflatten(2, (-1, 2)).unbind(3)  # 1 x L x d/2
+        rope = torch.cat([cos, sin]) if style == "lightning" else None  # 2 x L x d/2
+        self.register_buffer("rope", rope, persistent=False)
         self.x_embedder = nn.Linear(channels, width)  # a token is a patch of size 1
         mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.t_embedder = nn.ModuleDict({"mlp": mlp})
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(classes + 1, width)})
         self.blocks = nn.ModuleList(SiTBlock(width, heads, style, qk_norm) for _ in range(depth))
-        self.final_layer = FinalLayer(width, channels, style)
+        self.final_layer = nn.ModuleDict({
+            "norm": STYLES[style][0](width), "linear": nn.Linear(width, channels),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
 
-        for m in self.modules():
+        for name, m in self.named_modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
+            if name.endswith(("adaLN_modulation.1", "final_layer.linear")):
+                nn.init.zeros_(m.weight)  # each layer begins as the identity, the velocity as 0
         for m in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(m.weight, std=0.02)
-        gates = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for m in (*gates, self.final_layer.linear):
-            nn.init.zeros_(m.weight)  # each layer begins as the identity, the velocity as 0
 
     def forward(self, x, t, y):
-        c = self.t_embedder.mlp(sinusoid(t, 256)) + self.y_embedder.embedding_table(y)
+        c = self.t_embedder.mlp(sinusoid(t, 256)) + self.y_embedder.embedding_table(y)  # B x D
         c, x = c[:, None], self.x_embedder(x) + self.pos_embed  # B x 1 x D, B x L x D
-        rope = (self.cos, self.sin) if self.rope else None
         for block in self.blocks:
-            x = block(x, c, rope)  # B x L x D
-        return self.final_layer(x, c).float()  # B x L x H
+            x = block(x, c, self.rope)  # B x L x D
+        last = self.final_layer
+        shift, scale = last.adaLN_modulation(c).chunk(2, -1)  # B x 1 x D
+        return last.linear(modulate(last.norm(x), shift, scale)).float()  # B x L x H
 
 # ---- Flow matching
 
@@ -146,7 +133,7 @@ def sample_timesteps(n: int, distribution: str, path: str, generator: torch.Gene
     return x if distribution == "uniform" else PATHS[path].time_of(x.exp())
 
 def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tensor:
-    """Squared error of the velocity at x_t: B values. `cosine` weighs LightningDiT's second term."""
+    """Squared error of the velocity at x_t, B values. `cosine`: weight of LightningDiT's term."""
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1) for c in PATHS[path].coefficients(t))
     velocity = model(alpha * x + sigma * noise, t, y)  # B x L x H
     target = d_alpha * x + d_sigma * noise  # B x L x H: the derivative of x_t
@@ -157,26 +144,22 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tens
 
 # ---- Sampling. The state is float64, so that hundreds of small steps add up without rounding
 
-def guided_velocity(model, y: Tensor, scale: float = 1.0, low: float = 0.0, high: float = 1.0, guide=None):
-    """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v.
-
-    In autoguidance a worse model `guide`, given the class, replaces the null branch.
-    """
+def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None) -> Callable:
+    """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v."""
     def velocity(x, t, gate=None):
         x, times = x.float(), y.new_full((len(x),), t, dtype=torch.float32)
         if scale <= 1 or not low <= (t if gate is None else gate) <= high:
             return model(x, times, y).double()
-        if guide is not None:
-            v, v_null = model(x, times, y), guide(x, times, y)
-        else:
-            both = torch.cat([x, x]), times.repeat(2), torch.cat([y, torch.full_like(y, model.null_class)])
-            v, v_null = model(*both).chunk(2)
+        if guide:  # autoguidance: a worse model, given the class, is the null branch
+            v, v_null = model(x, times, y), guide(x, times, y)  # B x L x H each
+        else:  # both branches in one call
+            both = torch.cat([y, torch.full_like(y, model.null_class)])  # 2B
+            v, v_null = model(x.repeat(2, 1, 1), times.repeat(2), both).chunk(2)
         return v_null.double() + scale * (v.double() - v_null.double())
-
     return velocity
 
 def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False) -> Tensor:
-    """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun with an Euler step at the end."""
+    """Follow dx = v dt from t = 1 to 0 in equal steps: Euler, or Heun, whose last is Euler's."""
     x = noise.double()
     for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
         v = velocity(x, t)  # points from data to noise
@@ -200,10 +183,14 @@ def sample_sde(velocity: Callable, noise: Tensor, steps: int, path: str, draw: C
             x = x + math.sqrt(2 * t * -dt) * draw().double()  # noise of variance g^2 |dt|
     return x
 
-def image_noise(index: Sequence[int], seed: int, shape: tuple, dist: Dist):
+def image_noise(index, seed: int, shape: tuple, dist: Dist) -> Callable:
     """draw() -> noise of samples number `index`, B x L x H: a function of (seed, number)."""
     generators = [Dist().generator(seed, "sampling noise", int(i)) for i in index]  # of the CPU
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(dist.device)
+    def draw():
+        x = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        x = x.pin_memory() if dist.device.type == "cuda" else x  # draws while the device works
+        return x.to(dist.device, non_blocking=True)
+    return draw
 
 @dataclass(frozen=True)
 class SamplerConfig:
@@ -211,44 +198,34 @@ class SamplerConfig:
     sampler: str = "heun"
     steps: int = 10
     guidance: float = 1.0
-    low: float = 0.0
+    low: float = 0.0  # guidance acts where low <= t <= high
     high: float = 1.0
     seed: int = 0
     path: str = "linear"
 
-    def nfe(self) -> int:
-        """Network calls for one image; a guided call counts once."""
-        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
-
-    def nfe_with_guidance(self) -> int:
-        """The same; a guided call counts twice."""
+    def nfe(self) -> tuple[int, int]:
+        """Network calls for one image, and the same if a guided call counts twice."""
         sde = self.sampler == "sde"
         times = np.linspace(1, 0.04, self.steps) if sde else np.linspace(1, 0, self.steps + 1)[:-1]
+        if self.sampler == "heun":
+            times = times.repeat(2)[:-1]  # two slopes a step, one in the last
         guided = (self.guidance > 1) & (self.low <= times) & (times <= self.high)
-        second = guided[:-1].sum() if self.sampler == "heun" else 0  # the last step has one slope
-        return int(self.nfe() + guided.sum() + second)
-
-def draw_labels(rule: str, n: int, present: np.ndarray, dist: Dist, seed: int) -> np.ndarray:
-    """Classes of n images, balanced or random, of those present."""
-    if rule == "balanced":
-        return np.resize(present, n)
-    return present[dist.rng(seed, "labels").integers(0, len(present), n)]
+        return len(times), len(times) + int(guided.sum())
 
 @torch.no_grad()
-def generate(model: SiT, index: Sequence[int], y: Tensor, cfg: SamplerConfig, dist: Dist,
-             guide: SiT | None = None) -> Tensor:
+def generate(model: SiT, index, y: Tensor, cfg: SamplerConfig, dist: Dist, guide=None) -> Tensor:
     """Normalised latents B x L x H of samples number `index`, of classes y."""
-    draw = image_noise(index, cfg.seed, model.shape, dist)  # also the noise of the SDE's steps
     velocity = guided_velocity(model, y.to(dist.device), cfg.guidance, cfg.low, cfg.high, guide)
+    draw = image_noise(index, cfg.seed, model.shape, dist)  # also in the steps of the SDE
     with dist.autocast():
         if cfg.sampler == "sde":
             x = sample_sde(velocity, draw(), cfg.steps, cfg.path, draw)
         else:
             x = sample_ode(velocity, draw(), cfg.steps, heun=cfg.sampler == "heun")
-    finite = x.isfinite().flatten(1).all(1)
-    if not finite.all():
-        die(f"the velocity of sample {index[int(finite.int().argmin())]} is not finite: "
-            "the weights are damaged, or try --precision fp32")
+    finite = x.isfinite().flatten(1).all(1).tolist()  # B
+    if not all(finite):
+        die(f"the velocity of sample {index[finite.index(False)]} is not finite: "
+            "damaged weights, or try --precision fp32")
     return x.float()
 
 # ---- Latents of the whole data set, encoded once
@@ -274,23 +251,23 @@ def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: D
         z = torch.stack([encode_images(tokenizer, view, dist) for view in (x, x.flip(3))], 1)
         return z.cpu().numpy().astype(np.float16)
 
-    made_of = {"tokenizer": fingerprint(tokenizer.state_dict()), "images": images.fingerprint,
-               "precision": dist.precision}
+    weights = fingerprint(tokenizer.state_dict())
+    made_of = {"tokenizer": weights, "images": images.fingerprint, "precision": dist.precision}
     batch = max(1, min(500, 500 * 128**2 // images.size**2))
     rows = make_shards(folder, len(images), batch, encode, made_of, dist, "encoding")
-
-    flat = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in rows.arrays)
-    mean, square = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat) / math.prod(rows.shape[:-1])
+    # Mean and deviation of each channel
+    flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
+    sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)
+    mean, square = sums / math.prod(rows.shape[:-1])  # H each
     std = np.sqrt((square - mean**2).clip(min=0))
-    least = 1e-6 * std.max()
-    dead = np.flatnonzero(std <= least)
+    least = 1e-6 * std.max()  # no division by zero
+    dead = np.flatnonzero(std <= least).tolist()
     if len(dead) == len(std):
         die("all latents are equal: the tokenizer has learned nothing, train it again")
-    if len(dead):
-        dist.print(f"warning: the latent channels {dead.tolist()} are constant")
-    std = std.clip(min=least)  # a constant channel does not divide by zero
-    mean, std = (torch.tensor(x, dtype=torch.float32, device=dist.device) for x in (mean, std))
-    return LatentSet(rows, images.labels, np.arange(len(images)), mean, std)
+    if dead:
+        dist.print(f"warning: the latent channels {dead} are constant")
+    stats = torch.from_numpy(np.float32([mean, std.clip(min=least)])).to(dist.device)  # 2 x H
+    return LatentSet(rows, images.labels, np.arange(len(images)), *stats)
 
 # ---- Training
 
@@ -298,22 +275,22 @@ def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: D
 class Config:
     """Defaults = preset `quick`."""
     tokenizer: str = free("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
-    data: str = free("", "where the images are; empty: as for the tokenizer")
+    data: str = free("", "the images; empty: as for the tokenizer")
     out: str = free("out/diffusion", "folder of the run")
-    init: str = free("", "checkpoint to start from, ours or a released SiT")
-    width: int = option(192, "width D", least=1)
-    depth: int = option(6, "transformer layers", least=1)
-    heads: int = option(3, "attention heads", least=1)
-    style: str = option("sit", "lightning has RMSNorm, SwiGLU and RoPE", tuple(STYLES))
+    init: str = free("", "checkpoint to start from, ours or released")
+    width: int = positive(192, "width D")
+    depth: int = positive(6, "transformer layers")
+    heads: int = positive(3, "attention heads")
+    style: str = option("sit", "lightning: RMSNorm, SwiGLU, RoPE", tuple(STYLES))
     qk_norm: bool = option(False, "normalise queries and keys")
-    cosine_loss: float = 0.0  # weight of LightningDiT's cosine term
-    path: str = option("linear", "interpolation between data and noise", tuple(PATHS))
+    cosine_loss: float = 0.0  # weight
+    path: str = option("linear", "from data to noise", tuple(PATHS))
     time: str = "lognormal"  # distribution of t in training; or uniform
-    label_dropout: float = 0.1  # share of labels replaced by the null class
-    steps: int = option(600, "training steps", least=1)
-    batch_size: int = option(256, "latents in a step, over all processes", least=1)
-    micro_batch: int = free(0, "latents a process takes at once; 0: all")
-    optimizer: str = option("muon", "optimizer of the matrices inside blocks", ("adamw", "muon"))
+    label_dropout: float = 0.1  # share of null labels
+    steps: int = positive(600, "training steps")
+    batch_size: int = positive(256, "latents a step, of all processes")
+    micro_batch: int = free(0, "latents at once in a process; 0: all")
+    optimizer: str = option("muon", "muon: of matrices inside blocks", ("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate of AdamW")
     muon_lr: float = 1e-2
     beta2: float = 0.99
@@ -322,59 +299,59 @@ class Config:
     schedule: str = "cosine"  # after the warm-up; or constant, linear
     clip: float = 1.0  # largest gradient norm; 0: any
     ema: float = 0.998  # decay of the weight average
-    sampler: str = free("heun", "sampler of previews and evaluation", ("euler", "heun", "sde"))
+    sampler: str = free("heun", "of previews and evaluation", ("euler", "heun", "sde"))
     sampling_steps: int = free(10, "steps of that sampler", least=1)
     guidance: float = free(2.0, "guidance scale; 1: no guidance", least=1)
-    guidance_high: float = free(0.75, "guidance acts where t <= this; t = 1 is noise")
+    guidance_high: float = free(0.75, "guidance acts where t <= this")
     samples: int = free(2000, "images to evaluate; 0: none")
     labels: str = "balanced"  # of these images; or random
     log_every: int = 200
     preview_every: int = 400  # samples.png
     save_every: int = free(500, "steps between checkpoints", least=1)
-    keep_every: int = free(0, "steps between step-N.pt, which are kept; 0: none")
-    seed: int = option(0, "seed of all random numbers")
-    compile: bool = free(False, "use torch.compile; a CPU needs a C++ compiler")
-    precision: str = free("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
+    keep_every: int = free(0, "steps between kept step-N.pt; 0: none")
+    seed: int = option(0, "of all random numbers")
+    compile: bool = free(False, "torch.compile; a CPU needs a C++ compiler")
+    precision: str = free("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         if self.width % (2 * self.heads) or self.guidance_high > 1:
-            raise ValueError(f"--width {self.width} must be a multiple of 2 --heads, and --guidance-high at most 1")
+            raise ValueError(f"--width {self.width}: a multiple of 2 --heads; --guidance-high: at most 1")
         if self.cosine_loss and not self.clip:
             raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
     def build_sit(self, shape: tuple, classes: int) -> SiT:
         return SiT(*shape, classes, self.width, self.depth, self.heads, self.style, self.qk_norm)
 
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
-SIT = {
-    "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "schedule": "constant",
-    "warmup": 0, "ema": 0.9999, "sampler": "sde", "sampling_steps": 250, "guidance": 1.9,
-    "samples": 0, "labels": "random", "save_every": 2000, "preview_every": 10_000,
+SIT = {  # Sec. 4 of the paper
+    "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "warmup": 0,
+    "schedule": "constant", "ema": 0.9999, "sampler": "sde", "sampling_steps": 250,
+    "guidance": 1.9, "samples": 0, "labels": "random", "save_every": 2000, "preview_every": 10_000,
     "compile": torch.cuda.is_available(),
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
 LIGHTNING = SIT | {
     "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,
     "lr": 2e-4, "beta2": 0.95, "sampler": "euler", "guidance": 1.8}
-# 40 epochs as in arXiv 2603.05630. Their gFID with the released tokenizer: b 13.73, xl 6.27
-EP40 = SIT | {"steps": 400_000, "batch_size": 128, "guidance": 1.0}
-PRESETS = {"quick": {}}  # the others: Sec. 4 of the paper
-for name, size in SIZES.items():
-    shape = dict(zip(("width", "depth", "heads"), size))
-    PRESETS |= {f"sit-{name}": SIT | shape, f"sit-{name}-40ep": EP40 | shape, f"lightning-{name}": LIGHTNING | shape}
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+KINDS = {
+    "sit-{}": SIT, "lightning-{}": LIGHTNING,
+    # As in arXiv 2603.05630. Their gFID with the released tokenizer: b 13.73, xl 6.27
+    "sit-{}-40ep": SIT | {"steps": 400_000, "batch_size": 128, "guidance": 1.0}}
+PRESETS = {"quick": {}} | {
+    kind.format(size): preset | dict(zip(("width", "depth", "heads"), numbers))
+    for size, numbers in SIZES.items() for kind, preset in KINDS.items()}
 
-def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Callable,
-          init: SiT | None = None) -> SiT:
-    """Returns the averaged model. `meta` goes into checkpoints; `init`: a model to start from."""
+def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init=None) -> SiT:
+    """The averaged model. `meta` goes into checkpoints; `init` is a model to start from."""
     torch.manual_seed(cfg.seed)
     model = cfg.build_sit(meta["shape"], len(meta["classes"])).to(dist.device)
     if init:
         take_over(model, init.state_dict(), dist)
     ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
-    out, start = Path(cfg.out), 0
-    if (out / "ckpt.pt").exists():
-        state = load_checkpoint(out / "ckpt.pt", "diffusion")
+    ckpt, start = Path(cfg.out, "ckpt.pt"), 0
+    if ckpt.exists():
+        state = load_checkpoint(ckpt, "diffusion")
         start = restore(state, model, ema, optimizers)
-        dist.print(f"continuing {out / 'ckpt.pt'} at step {start}, saved by {state['commit']}")
+        dist.print(f"continuing {ckpt} at step {start}, saved by {state['commit']}")
 
     net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
     n, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
@@ -384,7 +361,6 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
 
     for step in range(start, cfg.steps):
         x, y = loader(step)  # B x L x H, B
-
         # Time, noise and dropped labels, drawn for the global batch
         generator = dist.generator(cfg.seed, "training noise", step)
         t = sample_timesteps(n, cfg.time, cfg.path, generator)[mine]
@@ -392,13 +368,13 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
         noise = torch.randn(n, *model.shape, generator=generator, device=x.device)[mine]
         y = torch.where(drop, model.null_class, y)  # teaches the null branch of guidance
 
-        losses = []
+        losses = torch.empty_like(t)
         for micro, _ in dist.micro_batches(net, len(x), cfg.micro_batch):
+            rows = (row[micro] for row in (x, noise, t, y))
             with dist.autocast():
-                rows = (row[micro] for row in (x, noise, t, y))
                 loss = velocity_loss(net, *rows, cfg.path, cfg.cosine_loss)
             (loss.sum() / len(x)).backward()  # mean over this process's rows
-            losses.append(loss.detach())
+            losses[micro] = loss.detach()
 
         lr_scale = set_lr(optimizers, step, cfg.steps, cfg)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
@@ -407,148 +383,156 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview: Call
             optimizer.zero_grad()
         ema.update(step)  # samples come from the average
 
-        # The loss, and the loss in each quarter of [0, 1]: flow matching is hard in the middle
-        loss = torch.cat(losses)
-        terms = {"loss": loss.mean(), "grad": grad_norm}
+        # Also for each quarter of [0, 1]: flow matching is hard in the middle
+        terms = {"loss": losses.mean(), "grad": grad_norm}
         for k in range(1, 5):
-            inside = ((4 * t).ceil() == k).float()
-            terms[f"t<{k / 4:g}"] = ((loss * inside).sum(), inside.sum())
+            inside = ((4 * t).ceil() == k).float()  # B
+            terms[f"t<{k / 4:g}"] = (losses * inside).sum(), inside.sum()
         log.add(lr_scale, **terms)
 
-        done = step + 1
-        last = done == cfg.steps
+        done, last = step + 1, step + 1 == cfg.steps
         keeping = cfg.keep_every and done % cfg.keep_every == 0
         saving = last or done % cfg.save_every == 0
         if saving or keeping or done % cfg.log_every == 0:
             log.write(done)  # ends the run if a term is not finite
-        state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done, "ema": ema.model.state_dict()}
+        state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done}
+        state["ema"] = ema.model.state_dict()
         if keeping:
-            dist.save(out / f"step-{done}.pt", state)
+            dist.save(ckpt.with_name(f"step-{done}.pt"), state)
         if saving:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            dist.save(out / "ckpt.pt", state | {"model": model.state_dict(), "optimizers": states})
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            dist.save(ckpt, state | {"model": model.state_dict()})
         if dist.is_main and (last or done % cfg.preview_every == 0):
             preview(ema.model)
     return ema.model
 
-# ---- Loading, and the run with its evaluation
+# ---- Loading, and the run
 
-def load_diffusion(path: str | Path, device: torch.device, tokenizer: str | None = None) -> tuple:
-    """The averaged model of a checkpoint or of a released SiT, its settings, and what else is stored."""
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    if file.suffix == ".safetensors":
-        return load_official(file, device, tokenizer)
-    state = load_checkpoint(file, "diffusion")
-    with reading(file, "a diffusion model of this code"):
-        cfg = Config(**state["config"])
-        model = cfg.build_sit(state["shape"], len(state["classes"]))
-        model.load_state_dict(state["ema"])
-        if np.isfinite(state["mean"] + state["std"]).sum() != 2 * model.shape[1]:
-            raise ValueError("the statistics of its latents are damaged")
-    return model.to(device).eval().requires_grad_(False), cfg, state
+def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tuple:
+    """(averaged model, settings, what else is stored). A released SiT samples with `tokenizer`."""
+    file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
+    if file.suffix != ".safetensors":
+        state = load_checkpoint(file, "diffusion")
+        with reading(file, "a diffusion model of this code"):
+            cfg = Config(**state["config"])
+            model = cfg.build_sit(state["shape"], len(state["classes"]))
+            model.load_state_dict(state["ema"])
+            if np.isfinite(state["mean"] + state["std"]).sum() != 2 * model.shape[1]:
+                raise ValueError("the statistics of its latents are damaged")
+        return model.to(device).eval().requires_grad_(False), cfg, state
 
-def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
-    """The state dict of a released SiT. heads 0: those of its size."""
-    rows, width = weights["y_embedder.embedding_table.weight"].shape
-    shape = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape[1]
-    depth = sum(key.endswith("attn.qkv.weight") for key in weights)
-    heads = heads or (16 if width == 1152 else width // 64)
-    with torch.device("meta"):
-        model = SiT(*shape, rows - 1, width, depth, heads, "sit", "blocks.0.attn.q_norm.weight" in weights)
-    model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
-    return model.eval().requires_grad_(False)
-
-def load_official(file: Path, device, tokenizer: str | None) -> tuple:
-    """`tokenizer`: the converted one; None: only the model is needed."""
     if tokenizer == "":
         die("a released SiT needs --tokenizer")
-    about, meta = file.with_name("config.json"), {}
     with reading(file, "a released SiT"):
+        about = file.with_name("config.json")
         heads = json.loads(about.read_text()).get("num_heads") if about.exists() else 0
         model = from_official(read_weights(file), heads).to(device)
+    meta = {"classes": [str(c) for c in range(model.null_class)], "data": "", "step": 0}
     if tokenizer:
         state = load_checkpoint(tokenizer, "tokenizer")
+        meta |= {"tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
         with reading(tokenizer, "a tokenizer converted with its config.json"):
-            meta = {name: [state["latent_statistics"][name]] * model.shape[1] for name in ("mean", "std")}
-        meta |= {"classes": [str(c) for c in range(model.null_class)], "size": state["config"]["size"], "data": "",
-                 "step": 0, "tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
+            meta |= {name: [x] * model.shape[1] for name, x in state["latent_statistics"].items()}
+            meta["size"] = state["config"]["size"]
     # Nothing says on which path it was trained. The demos sample with cosine
     return model, Config(path="cosine"), meta
 
-def main(cfg: Config, dist: Dist) -> None:
-    began = time.time()
-    dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
-    if Path(cfg.tokenizer).resolve().parent == Path(cfg.out).resolve():
-        die(f"--out {cfg.out} is the folder of --tokenizer, whose ckpt.pt it would overwrite: give another")
+def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
+    """The state dict of a released SiT. heads 0: those of its size."""
+    length, (width, channels) = weights["pos_embed"].shape[1], weights["x_embedder.weight"].shape
+    classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+    depth = sum(name.endswith("attn.qkv.weight") for name in weights)
+    heads = heads or (16 if width == 1152 else width // 64)
+    normed = "blocks.0.attn.q_norm.weight" in weights
+    with torch.device("meta"):
+        model = SiT(length, channels, classes, width, depth, heads, qk_norm=normed)
+    model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+def open_inputs(cfg: Config, dist: Dist) -> tuple:
+    """(tokenizer, training images, where they lie, model of --init)"""
+    for path in filter(None, (cfg.tokenizer, cfg.init)):
+        if Path(path).resolve().parent == Path(cfg.out).resolve():
+            die(f"--out {cfg.out} is the folder of {path}, whose ckpt.pt it would overwrite")
+    init = None
+    if cfg.init and not Path(cfg.out, "ckpt.pt").exists():  # else the run goes on
+        init, _, _ = load_diffusion(cfg.init, dist.device)
+        if init.size != (cfg.width, cfg.heads):
+            die("--init {} needs --width {} --heads {}".format(cfg.init, *init.size))
     tokenizer, tok = load_tokenizer(cfg.tokenizer, dist.device)
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        dist.compiled(part, cfg.compile)
     data = cfg.data or tok.data
     data = str(Path(data).absolute()) if Path(data).exists() else data
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
-    for part in (tokenizer.encoder, tokenizer.decoder):
-        dist.compiled(part, cfg.compile)
-    made_of = {"tokenizer_weights": fingerprint(tokenizer.state_dict()), "images": images.fingerprint}
-    out = Path(cfg.out)
-    ours, begun = (out / "settings.json").exists(), (out / "ckpt.pt").exists()
-    init = load_diffusion(cfg.init, dist.device)[0] if cfg.init and not begun else None
-    if init and init.size != (cfg.width, cfg.heads):
-        die(f"--init {cfg.init} needs --width {init.size[0]} --heads {init.size[1]}")
-    dist.make_out_dir(cfg.out, cfg, made_of)
+    if tok.images and tok.images != images.fingerprint:
+        dist.print("warning: the tokenizer was trained on other images than those of --data", data)
+    if len(empty := np.delete(images.classes, images.labels)):
+        dist.print("warning: no training images, so no samples, of", ", ".join(empty[:20]))
+    return tokenizer, images, data, init
+
+def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
+    """Scores of samples. Decoded noise and reconstructions are bounds."""
+    judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
+    present = np.unique(images.labels)
+    draw = dist.rng(cfg.seed, "labels").choice if cfg.labels == "random" else np.resize
+    y = torch.from_numpy(draw(present, n))
+    no_step = SamplerConfig(steps=0, seed=cfg.seed)  # leaves the noise as it is
+    samples = LazyImages(n, lambda i: make(model, y[i], i))
+    noise = LazyImages(n, lambda i: make(model, y[i], i, no_step))
+    recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
+    rows = {"real validation images": judge.reference}
+    rows["samples"], moments = judge.score(samples, y)
+    rows["decoded noise"], _ = judge.score(noise, y)
+    rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
+    # Without the error of the decoder
+    rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
+    for name, row in rows.items():
+        dist.print(f"{name:32s}", *(f"{key} {value:.4g} " for key, value in row.items()))
+    return rows
+
+def main(cfg: Config, dist: Dist) -> None:
+    dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
+    tokenizer, images, data, init = open_inputs(cfg, dist)
+    weights, classes = fingerprint(tokenizer.state_dict()), images.classes
+    made_of = {"tokenizer_weights": weights, "images": images.fingerprint}
+    out = dist.make_out_dir(cfg.out, cfg, made_of)
     latents = encode_dataset(tokenizer, images, out / "latents", dist)
-    present = images.labels.unique()  # classes that have images
-    meta = made_of | {
-        "mean": latents.mean.tolist(), "std": latents.std.tolist(), "classes": images.classes,
-        "present": present.tolist(), "data": data, "size": tok.size, "shape": latents.rows.shape[2:],
-        "tokenizer": [os.path.relpath(cfg.tokenizer, out), str(Path(cfg.tokenizer).absolute())]}
-    if ours and dist.is_main:  # what an earlier run left
+    if dist.is_main and (out / "log.jsonl").exists():  # what an earlier run left
+        begun = (out / "ckpt.pt").exists()  # then its pictures and steps stay
         for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]:
             for path in out.glob(name):
                 path.unlink()
 
-    classes = len(images.classes)
-    empty = [name for i, name in enumerate(images.classes) if i not in present][:20]
-    if empty:
-        dist.print(f"warning: no training images, so no samples, of {', '.join(empty)}")
-    guidance = cfg.guidance if classes > 1 and cfg.label_dropout else 1.0  # else no null class
-    sampling = SamplerConfig(cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high, cfg.seed, cfg.path)
+    present = images.labels.unique()  # classes that have images
+    meta = made_of | {
+        "mean": latents.mean.tolist(), "std": latents.std.tolist(), "shape": latents.rows.shape[2:],
+        "classes": classes, "present": present.tolist(), "data": data, "size": images.size,
+        "tokenizer": [os.path.relpath(cfg.tokenizer, out), str(Path(cfg.tokenizer).absolute())]}
+    guidance = cfg.guidance if len(classes) > 1 and cfg.label_dropout else 1.0  # else no null class
+    sampling = SamplerConfig(
+        cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high, cfg.seed, cfg.path)
 
-    def decode(x):
-        return decode_images(tokenizer, x * latents.std + latents.mean, dist)
-
-    def make(model, y, index):
-        return decode(generate(model, index, y[torch.as_tensor(index)], sampling, dist))
+    def make(model, y, index, how=sampling):
+        z = generate(model, index, y, how, dist)  # B x L x H
+        return decode_images(tokenizer, z * latents.std + latents.mean, dist)
 
     def preview(model):
-        shown = present[:10]
-        titles = [images.classes[c] for c in shown] if classes > 1 else ()
-        grid = make(model, shown.repeat(8), range(8 * len(shown)))
-        save_grid(out / "samples.png", grid, len(shown), titles)
+        y, titles = present[:10].repeat(8), [classes[c] for c in present[:10]]
+        save_grid(out / "samples.png", make(model, y, range(len(y))), len(titles), titles)
 
     model, rows = train(cfg, dist, latents, meta, preview, init), {}
     dist.compiled(model, cfg.compile)
-    if cfg.samples and classes > 1:
-        # Decoded noise and reconstructions are bounds
-        n, val = cfg.samples, ImageSet(data, tok.size, "val")
-        judge = ClassifierFD(images, val, dist, cfg.out)
-        y = torch.from_numpy(draw_labels(cfg.labels, n, present.numpy(), dist, cfg.seed))
-        samples = LazyImages(n, lambda i: make(model, y, i))
-        noise = LazyImages(n, lambda i: decode(image_noise(i, cfg.seed, model.shape, dist)()))
-        recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
-        rows["samples"], moments = judge.score(samples, y)
-        rows["decoded noise"], _ = judge.score(noise, y)
-        rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
-        rows["real validation images"] = judge.reference
-        # Without the error of the decoder
-        rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
+    if cfg.samples and len(classes) > 1:
+        val = ImageSet(data, images.size, "val")
+        rows = evaluate(cfg, dist, model, tokenizer, images, val, make)
     elif cfg.samples:
         dist.print("one class only: no fd_classifier; look at samples.png")
-    for name, row in rows.items():
-        dist.print(f"{name:32s}", *(f"{key} {value:.4g} " for key, value in row.items()))
-    seconds = round(time.time() - began)
     dist.save(out / "metrics.json", {
-        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": data, "steps": cfg.steps,
-        "precision": dist.precision, "seconds": seconds})
-    dist.print(f"wrote {out} in {seconds} s")
+        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": data,
+        "steps": cfg.steps, "precision": dist.precision})
+    dist.print(f"wrote {out}")
     dist.barrier()
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from data import Dist, Shards, die, keep_outside, launch, make_shards, option, save_grid, writing
-from diffusion import SamplerConfig, draw_labels, generate, load_diffusion
+from diffusion import SamplerConfig, generate, load_diffusion
 from tokenizer import decode_images, fingerprint, load_tokenizer
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Config:
     model: str = option("out/diffusion/ckpt.pt", "checkpoint of diffusion.py, or a released SiT")
     tokenizer: str = option("", "checkpoint of tokenizer.py; empty: that of the model")
     guide: str = option("", "autoguidance: a worse model in place of the null class")
-    path: str = ""  # interpolation of the SDE sampler; empty: as trained
     out: str = option("out/samples", "folder to write")
     num_samples: int = option(2000, "number of images", least=1)
     labels: str = option("balanced", "balanced, random, or classes with commas")
@@ -33,37 +32,38 @@ class Config:
     steps: int = option(10, "sampler steps", least=1)
     guidance: float = option(2.0, "guidance scale; 1: no guidance", least=1)
     guidance_low: float = option(0.0, "guidance acts where this <= t")
-    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1 is noise")
+    guidance_high: float = option(0.75, "guidance acts where t <= this; t = 1: noise")
     batch_size: int = option(250, "images at a time", least=1)
     png: bool = option(False, "write png/000000.png and so on")
     seed: int = option(0, "seed of the noise and of random labels")
     compile: bool = False
-    precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("--guidance-low <= --guidance-high <= 1 is needed")
 
-PAPER = {  # Sec. 4
+PAPER = {  # Sec. 4. bf16 would round each velocity to 3 digits
     "sampler": "sde", "steps": 250, "num_samples": 50_000, "guidance": 1.9,
-    "labels": "random", "compile": torch.cuda.is_available(), "precision": "fp32"}  # bf16 rounds each velocity to 3 digits
+    "labels": "random", "compile": torch.cuda.is_available(), "precision": "fp32"}
 PRESETS = {
     "quick": {}, "paper256": PAPER, "paper512": PAPER | {"guidance": 1.5, "guidance_high": 0.7},
     "lightning256": PAPER | {"sampler": "euler", "guidance": 1.8},
     "lightning512": PAPER | {"sampler": "euler", "guidance": 1.6, "guidance_high": 0.65}}
 
-def choose_labels(rule: str, n: int, classes: list[str], dist: Dist, seed: int, present=()) -> np.ndarray:
+def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, present=()) -> np.ndarray:
     """The class of each of n images. `present`: classes with training images."""
-    if rule in ("balanced", "random"):
-        return draw_labels(rule, n, np.array(present or range(len(classes))), dist, seed)
-    numbers = {name: i for i, name in enumerate(classes)}
-    if not any(name.isdigit() for name in classes):  # else a missing name would be a number
-        numbers |= {str(i): i for i in range(len(classes))}
-    words = rule.split(",")
-    for word in words:
-        if word not in numbers:
-            die(f"--labels {rule}: {word!r} is none of the classes {', '.join(classes[:20])}")
-    return np.resize([numbers[word] for word in words], n)
+    chosen = present or range(len(classes))
+    if rule == "random":
+        return dist.rng(seed, "labels").choice(chosen, n)
+    if rule != "balanced":
+        numbers = {name: i for i, name in enumerate(classes)}
+        if not any(name.isdigit() for name in classes):  # else a missing name would be a number
+            numbers |= {str(i): i for i in range(len(classes))}
+        if unknown := [word for word in rule.split(",") if word not in numbers]:
+            die(f"--labels {rule}: {unknown[0]!r} is none of the classes {', '.join(classes[:20])}")
+        chosen = [numbers[word] for word in rule.split(",")]
+    return np.resize(chosen, n)
 
 def save_npz(path: Path, images: Shards, **arrays) -> None:
     """An npz as numpy writes it. arr_0 goes shard by shard."""
@@ -88,19 +88,32 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
             break
     else:
         die(f"{path} is not the tokenizer that {cfg.model} was trained on: give --tokenizer")
-
     guide = None
     if cfg.guide:
-        guide, guide_cfg, other = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
-        ours, theirs = meta | {"path": trained.path}, other | {"path": guide_cfg.path}
+        guide, other, its_meta = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
+        ours, its = meta | {"path": trained.path}, its_meta | {"path": other.path}
         for name in ("tokenizer_weights", "images", "path"):
-            if ours.get(name) != theirs.get(name):
+            if ours.get(name) != its.get(name):
                 die(f"--guide {cfg.guide} was trained with other {name} than {cfg.model}")
+        dist.compiled(guide, cfg.compile)
     elif cfg.guidance > 1 and not trained.label_dropout:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
-    for net in filter(None, (model, guide)):
-        dist.compiled(net, cfg.compile)
-    return model, trained, meta, tokenizer, guide
+    return dist.compiled(model, cfg.compile), trained, meta, tokenizer, guide
+
+def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict) -> None:
+    """Write samples.npz, grid.png and png/, in place of an earlier run's."""
+    if (out / "samples.npz").exists() or (out / "grid.png").exists():  # else png/ is not ours
+        shutil.rmtree(out / "png", ignore_errors=True)
+        for name in ("metrics.json", "grid.png"):
+            (out / name).unlink(missing_ok=True)
+    save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
+    if cfg.png:
+        (out / "png").mkdir()
+        write = lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, range(len(labels))))
+    first = torch.from_numpy(images[np.arange(min(len(labels), 80))]).permute(0, 3, 1, 2)
+    save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
 
 def main(cfg: Config, dist: Dist) -> None:
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)
@@ -108,37 +121,27 @@ def main(cfg: Config, dist: Dist) -> None:
     classes, n = meta["classes"], cfg.num_samples
     labels = choose_labels(cfg.labels, n, classes, dist, cfg.seed, meta.get("present"))
     guidance = cfg.guidance if len(classes) > 1 or guide else 1.0
-    sampling = SamplerConfig(cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high,
-                             cfg.seed, cfg.path or trained.path)
-    mean, std = (torch.tensor(meta[key], device=dist.device) for key in ("mean", "std"))
+    sampling = SamplerConfig(
+        cfg.sampler, cfg.steps, guidance, cfg.guidance_low, cfg.guidance_high, cfg.seed, trained.path)
+    mean, std = torch.tensor([meta["mean"], meta["std"]], device=dist.device)  # H each
 
     def make(start, stop):
         y = torch.from_numpy(labels[start:stop])
-        z = generate(model, range(start, stop), y, sampling, dist, guide)
+        z = generate(model, range(start, stop), y, sampling, dist, guide)  # B x L x H
         return decode_images(tokenizer, z * std + mean, dist).permute(0, 2, 3, 1).cpu().numpy()
 
     made_of = asdict(sampling) | {
         "n": n, "labels": cfg.labels, "data": meta["data"], "size": meta["size"],
         "training_steps": meta["step"], "precision": dist.precision, "batch_size": cfg.batch_size}
-    nets = {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}
-    made_of |= {name: net and fingerprint(net.state_dict(), "") for name, net in nets.items()}
+    for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
+        made_of[name] = net and fingerprint(net.state_dict(), "")
     out = dist.make_out_dir(cfg.out)
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
-        if (out / "samples.npz").exists() or (out / "grid.png").exists():  # of an earlier run
-            shutil.rmtree(out / "png", ignore_errors=True)
-            for name in ("metrics.json", "grid.png"):
-                (out / name).unlink(missing_ok=True)
-        save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
-        if cfg.png:
-            (out / "png").mkdir()
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png"), range(n)))
-        first = torch.from_numpy(images[np.arange(min(n, 80))]).permute(0, 3, 1, 2)
-        save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
+        save(out, cfg, images, labels, classes, made_of)
         shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
-    dist.print(f"wrote {out}: {sampling}, {sampling.nfe()} network calls, "
-               f"{sampling.nfe_with_guidance()} if a guided one counts twice")
+    calls, doubled = sampling.nfe()
+    dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if guided ones count twice")
     dist.barrier()
 
 if __name__ == "__main__":

@@ -381,7 +381,8 @@ def test_samplers_agree_with_official_and_their_calls_are_counted(name):
             close(times, t[f"{solver}_{suffix}_call_t"], 1e-6)
             assert list(rows) == t[f"{solver}_{suffix}_call_rows"].tolist()
             sampling = diffusion.SamplerConfig(solver.partition("_")[0], steps, scale, *case["interval"])
-            assert (len(rows), sum(rows)) == (sampling.nfe(), len(t["y"]) * sampling.nfe_with_guidance())
+            single, double = sampling.nfe()
+            assert (len(rows), sum(rows)) == (single, len(t["y"]) * double)
 
 def moments(features, size=37):
     whole = fid.Moments(features.shape[1], CPU)
@@ -957,9 +958,9 @@ def test_lightning_places_tokens_by_sines_and_by_rope_and_qk_norm_is_a_choice():
         assert [type(plain.attn.q_norm), type(normed.attn.k_norm), type(plain.mlp)] == [torch.nn.Identity, norm, mlp]
     net, order = shaken(diffusion.SiT(6, 3, 5, 24, 2, 2, style="lightning")), torch.tensor([1, 0, 2, 3, 4, 5])
     x, t, y = torch.randn(2, 6, 3), torch.rand(2), torch.tensor([0, 5])
-    sines, cos, sin = net.pos_embed.data, net.cos, net.sin
+    sines, (cos, sin) = net.pos_embed.data, net.rope
     for a, b in ((0, 1), (1, 0), (0, 0)):  # sines, RoPE
-        net.pos_embed.data, net.cos, net.sin = a * sines, b * cos + 1 - b, b * sin
+        net.pos_embed.data, net.rope = a * sines, torch.stack([b * cos + 1 - b, b * sin])
         assert ((net(x[:, order], t, y) - net(x, t, y)[:, order]).abs().max() > 2e-5) == (a + b > 0)
     opposite = diffusion.velocity_loss(lambda *_: -x, x * 0, x, t, y, "linear", 0.5)
     close(opposite, (4 * x.square() + 1).mean((1, 2)), 1e-5)  # half of one minus the cosine, which is -1
@@ -1599,6 +1600,15 @@ def test_init_takes_over_what_fits(chain, made, capsys):
     weights |= {"pos_embed": diffusion.token_positions(4, 48)}  # of another length: its own
     assert all(torch.equal(new[k], weights[k]) for k in weights if k[:6] in ("blocks", "t_embe", "pos_em"))
 
+def test_a_tokenizer_of_other_images_is_said(chain, capsys):
+    make_folder("x", 30, "abc", 16)
+    state, known = torch.load(chain / "tokenizer/ckpt.pt"), data.ImageSet("x", 16, "train").fingerprint
+    for i, images in enumerate(("", known, "others")):  # "": not known
+        ONE.save(Path("t.pt"), state | {"config": state["config"] | {"images": images}})
+        call(f"diffusion --tokenizer t.pt --data x --steps 1 --samples 0 --out {i}", fields={})
+        said = capsys.readouterr().out.count("warning: the tokenizer was trained on other images than those of --data /")
+        assert said == (images == "others")
+
 def test_nothing_of_an_earlier_run_stays_and_classes_without_images_are_not_sampled(made, capsys, monkeypatch):
     (make_folder("x", 1, "b") / "b/0.png").write_text("no picture")
     make_folder("x", 30, "ac", 16)
@@ -1681,7 +1691,8 @@ def test_a_run_and_its_data_can_be_moved(cache, monkeypatch):
     assert not Path("s/png").exists()  # the pictures of the run before
 
 def test_what_would_spoil_a_result_is_refused(chain, made, capsys):
-    refused(call, "diffusion", made["diffusion"], f"--out {chain}/tokenizer", message="whose ckpt.pt it would overwrite")
+    for line in (f"--out {chain}/tokenizer", f"--out {chain}/diffusion --init {chain}/diffusion/ckpt.pt"):
+        refused(call, "diffusion", made["diffusion"], line, message="whose ckpt.pt it would overwrite")
     state = torch.load(chain / "diffusion/ckpt.pt")
     for name in ("final_layer.linear.bias", "blocks.0.mlp.fc1.bias"):
         ONE.save(Path("x.pt"), state | {"ema": state["ema"] | {name: state["ema"][name] * math.nan}})
