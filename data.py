@@ -643,7 +643,7 @@ class Dist:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     precision: str = "fp32"
     idle: object = None  # the group of barriers: NCCL's would keep a core and the GPU busy
-    print = staticmethod(say)
+    print, die = staticmethod(say), staticmethod(die)
 
     @property
     def is_main(self) -> bool:

@@ -624,7 +624,7 @@ def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[
     for kind, found in names.items():
         dist.print(f"--init: {len(found)} {kind}:", ", ".join(found[:8] + ["..."] * (len(found) > 8)))
     if all(own[name].ndim < 2 for name in names["taken over"]):
-        raise SystemExit("--init: no matrix fits; give the sizes of that model")
+        dist.die("--init: no matrix fits; give the sizes of that model")
     return names["new"]
 
 def fingerprint(weights: dict[str, Tensor], parts=("encoder.", "to_latent.")) -> str:
@@ -744,7 +744,7 @@ def main(cfg: Config, dist: Dist) -> None:
         model = Tokenizer(cfg, {name: target.width for name, target in targets.items()}).to(dist.device)
         new = take_over(model, weights, dist) if cfg.init and not state else []
         if cfg.stage2_only and new:
-            raise SystemExit(f"--stage2-only: {new[0]} does not fit")
+            dist.die(f"--stage2-only: {new[0]} does not fit")
 
     dist.make_out_dir(cfg.out, cfg)
     stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)  # of an earlier run
@@ -997,7 +997,7 @@ def convert(cfg: Config, dist: Dist) -> None:
             statistics = {k: meta[f"vq_{k}"] for k in ("mean", "std") if f"vq_{k}" in meta}
     out = dist.make_out_dir(cfg.out) / "ckpt.pt"
     if out.exists():
-        raise FileExistsError(17, "is there already; give another --out", str(out))
+        dist.die(f"{out} is there already; give another --out")
     cfg = replace(cfg, **asdict(found), targets=",".join(model.aux) or "none")
     dist.save(out, {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict(),
                     "latent_statistics": statistics})
