@@ -1,4 +1,4 @@
-"""All tests: `python -m pytest -q -n 2 test_all.py`. CPU only; the scripts run end to end, tiny, in subprocesses.
+"""All tests: `python -m pytest -q -n 2 test_all.py`. CPU only; the scripts run end to end, tiny.
 
 Reference values are read from ../shared/goldens where that folder is (the full set), else from assets/goldens.
 Markers: `bookkeeping` counts lines or quotes code, a fork can leave it out; `campaign` is long, run it by -m campaign.
@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -39,6 +40,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("MAETOK_TEST_GPU", "")  # be
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and threads of several processes hinder each other
 import torch
 import torch._dynamo.testing
+import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -536,35 +538,52 @@ def test_a_training_checkpoint_becomes_a_tokenizer_that_a_released_sit_samples_w
 TINY = {"tokenizer": {"size": 16, "patch": 4, "width": 24, "heads": 2, "depth": 1, "aux_width": 16, "aux_depth": 1,
                       "latents": 4, "channels": 4, "batch_size": 16, "warmup": 2, "log_every": 1},
         "diffusion": {"width": 24, "heads": 2, "depth": 1, "batch_size": 16, "sampling_steps": 2, "log_every": 1}}
-DRIVER = f"""import importlib, json, sys
-sys.path.insert(0, {str(HERE)!r})
-_, name, fields, *flags = sys.argv
-import data
-module = importlib.import_module(name)
-sys.argv = [name + ".py", "--preset", "tiny", *flags]
-data.launch(module.main, module.Config, module.PRESETS | {{"tiny": json.loads(fields)}}, module.__doc__)
-"""
 FP32 = "--precision fp32 --optimizer adamw"
 
-def script(*line, cwd=None, fields=None, processes=1, check=True, background=False, before=None):
-    """Run a script in a subprocess: tokenizer.py and diffusion.py with TINY and `fields`, the others as they are."""
-    name, *args = shlex.split(" ".join(map(str, line)))
-    command, launcher = [str(HERE / f"{name}.py")], []
-    if name in TINY:
-        command = ["-c", DRIVER, name, json.dumps(TINY[name] | (fields or {}))]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max-restarts=1",
-                    "--master_port", str(20_000 + os.getpid() % 20_000), "--no-python", sys.executable]
-    command = [sys.executable, *launcher, *command, *args]
+@functools.cache
+def forks():
+    """Processes that start at once: each is forked from one that has imported this file, and has done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+def forked(env, cwd, said, limit, launcher, line, fields):
+    """Such a process: the script, or torchrun, which starts Python anew."""
+    os.environ.update(env)
+    os.chdir(cwd)
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if launcher:
+        worker = f"import sys; sys.path.append({str(HERE)!r}); import test_all; test_all.call({line!r}, fields={fields!r})"
+        return torch.distributed.run.main([*launcher, "--no-python", sys.executable, "-c", worker])
+    call(line, fields=fields)
+
+def script(*line, cwd=".", fields=None, processes=1, torchrun=False, limit=0, fails=False, background=False):
+    """Run a script in processes of its own, as `call` does here. Returns what it said, or a process that goes on."""
+    line, name = " ".join(map(str, line)), line[0].split()[0]
+    fields, said = (fields or {}) if name in TINY else None, Path(f"said-{time.time()}.txt").absolute()
+    env = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 20_000 + os.getpid() % 20_000}
+    launcher = [f"--nproc_per_node={processes}", "--max-restarts=1", f"--master_port={env['MASTER_PORT']}"] * torchrun
+    children = []
+    for rank in range(1 if torchrun else processes):
+        here = os.environ | {k: str(v) for k, v in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        args = here, cwd, said, limit, launcher, line, fields
+        children.append(forks().Process(target=forked, args=args, daemon=True))
+        children[-1].start()
     if background:
-        with open("said.txt", "w") as said:
-            return subprocess.Popen(command, stdout=said, stderr=said)
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, check=False, preexec_fn=before)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
+        return children[0]
+    for child in children:
+        child.join(400)
+    assert {child.exitcode for child in children} == {int(fails)}, said.read_text()
+    return said.read_text()
 
 def call(*line, fields=None) -> None:
-    """Run a script in this process, as its last line does; with `fields` they are a preset, as in `script`."""
+    """Run a script in this process, as its last line does; with `fields`, TINY and these are a preset."""
     name, *flags = shlex.split(" ".join(map(str, line)))
     module = sys.modules[name]
     presets = getattr(module, "PRESETS", {})
@@ -575,12 +594,18 @@ def call(*line, fields=None) -> None:
         flags = fid.arguments(flags) if name == "fid" else flags
         data.launch(module.main, module.Config, presets, module.__doc__, flags)
 
+fid.train_classifier.__defaults__ = 0, 40  # steps: no test asks for a good one
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """One cache for all tests and the processes of -n: the user's own if it is set, else a temporary one."""
+    """A new cache for all tests and the processes of -n. Of the shapes of 16 pixels it holds 3,000."""
     at = tmp_path_factory.getbasetemp()
-    at = at.parent if "PYTEST_XDIST_WORKER" in os.environ else at
-    os.environ.setdefault("MAETOK_CACHE", str(at / "cache"))
+    at = (at.parent if "PYTEST_XDIST_WORKER" in os.environ else at) / "cache"
+    os.environ["MAETOK_CACHE"] = str(at)
+    few = np.concatenate([np.arange(2600), 2**32 + np.arange(400)])
+    render = lambda start, stop: data.render_shapes(few[start:stop], 16)[0].permute(0, 2, 3, 1).numpy()
+    data.store(at / "shapes-16px", 16, data.SHAPES, few % 10, 2600, "few", render)
+    fid.cached_classifier(data.ImageSet("shapes", 16, "train"), ONE, "")
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory, cache):
@@ -628,13 +653,13 @@ def assert_same(one: str, two: str, *files: str) -> None:
 
 def wait_for(condition, process) -> None:
     while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.exitcode is None, "the run ended before it could be killed"
         time.sleep(0.002)
 
 def kill_when(condition, process) -> None:
     wait_for(condition, process)
     process.kill()
-    process.wait()
+    process.join()
 
 def logged(folder: str, step: int, stage="") -> bool:
     log = Path(folder, "log.jsonl")
@@ -697,7 +722,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache):
     metrics = content_of("whole/metrics.json")
     assert metrics["latents_unchanged_by_stage2"] and metrics["stage2"]["lpips"] > 0 and metrics["stage2"]["rfid"] > 0
     kill_when(lambda: logged("cut", 5), run("--out cut", background=True))
-    assert "continuing" in run("--out", "cut").stdout
+    assert "continuing" in run("--out cut")
     assert_same("whole", "cut", "ckpt.pt", "stage1.pt", "log.jsonl")
     assert any("heads.0.0.0.weight_u" in key for key in content_of("cut/ckpt.pt")) and len(log_of("cut")) == 9
 
@@ -1440,7 +1465,7 @@ def test_the_four_scripts_write_what_they_say(chain):
     metrics, rows, scores = (content_of(chain / name / "metrics.json") for name in names)
     assert metrics["latents_unchanged_by_stage2"] is True and 0 <= metrics["linear_probe"] <= 1
     assert {"psnr", "ssim", "ssim_7x7_range2", "fd_classifier"} == metrics["stage2"].keys()
-    assert metrics["probe_images"] == [20_000, 2_000]
+    assert metrics["probe_images"] == [2_600, 400]
     for picture in ("tokenizer/recon.png", "diffusion/samples.png", "samples/grid.png"):
         assert Image.open(chain / picture).size[0] > 100
     rows = rows["rows"]
@@ -1457,7 +1482,7 @@ def test_the_four_scripts_write_what_they_say(chain):
     folder, state = chain / "diffusion/latents", torch.load(chain / "diffusion/ckpt.pt")
     z = np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).astype(np.float64)
     x = (z - state["mean"]) / state["std"]
-    assert z.shape == (20_000, 2, 4, 4) and state["classes"] == list(data.SHAPES)
+    assert z.shape == (2_600, 2, 4, 4) and state["classes"] == list(data.SHAPES)
     assert x.mean((0, 1, 2)) == pytest.approx(0, abs=1e-6) and x.std((0, 1, 2)) == pytest.approx(1, abs=1e-6)
     model, _ = tokenizer.load_tokenizer(chain / "tokenizer/ckpt.pt", CPU)
     images = data.ImageSet("shapes", 16, "train")
@@ -1527,8 +1552,7 @@ def test_two_processes_train_as_one(made):
         for other in ("two", "micro"):
             assert_losses_agree(f"{name}-one", f"{name}-{other}", count)
     assert_same("diffusion-one", "diffusion-two", "latents")
-    odd = run("odd --batch-size 15", processes=2, check=False)
-    assert odd.returncode and "--batch-size 15 must be a multiple of the 2 processes" in odd.stderr
+    assert "--batch-size 15 must be a multiple of the 2 processes" in run("odd --batch-size 15", processes=2, fails=True)
 
 def test_lightning_trains_and_an_earlier_checkpoint_guides(made):
     call("diffusion --steps 6 --keep-every 3 --samples 0 --style lightning", made["diffusion"],
@@ -1602,11 +1626,11 @@ def test_a_flat_folder_goes_through_all_scripts(cache):
     """One class; the plain autoencoder without masking, on two processes; the scores that need labels are left out."""
     make_folder("x", 60, ("flat",))
     script("tokenizer --data x/flat --mask-min 0 --mask-max 0 --targets none --steps 4 --stage2-steps 3", processes=2)
-    assert "one class only" in script("diffusion --steps 4 --samples 8").stdout
+    assert "one class only" in script("diffusion --steps 4 --samples 8")
     script("sample --num-samples 9 --steps 2")
     z = content_of("out/samples/samples.npz")
     assert z["arr_0"].shape == (9, 16, 16, 3) and json.loads(str(z["meta"]))["guidance"] == 1.0
-    assert "has one class only" in script("fid").stdout
+    assert "has one class only" in script("fid")
 
 def test_fid_command_line(made_weights, cache):
     """A B, stats, reference statistics instead of images, a folder of PNGs: one number."""
@@ -1625,7 +1649,7 @@ def test_fid_command_line(made_weights, cache):
         np.savez(f"{name}.npz", sigma=sigma, **mean)
     call("fid a.npz b.npz", flags, "1.json")
     script("fid a.npz ref.npz", flags, "2.json", processes=2)
-    assert "fewer than 2,048" in script("fid a.npz only.npz", flags, "3.json").stdout
+    assert "fewer than 2,048" in script("fid a.npz only.npz", flags, "3.json")
     first, second, third = (content_of(f"{i}.json")["samples"] for i in (1, 2, 3))
     assert (first["images"], first["n_reference"]) == (12, 14)
     for key in ("fid", "sfid", "inception_score", "precision", "recall"):
@@ -1702,8 +1726,8 @@ def test_one_image_and_three_processes(cache):
     script("tokenizer --data x --steps 2 --stage2-steps 1")
     script("diffusion --steps 2 --samples 0")
     script("sample --num-samples 2 --steps 1")
-    done = script("tokenizer --data y --out z", processes=3, check=False)  # said before anything is read, once
-    assert done.stderr.count("--batch-size 16 must be a multiple of the 3 processes") == 2  # torchrun tries twice
+    said = script("tokenizer --data y --out z", processes=3, torchrun=True, fails=True)  # before anything is read, once
+    assert said.count("--batch-size 16 must be a multiple of the 3 processes") == 2  # torchrun tries twice
 
 def test_scores_say_what_they_are_of(made_weights, cache, monkeypatch, capsys):
     """Labels, sizes, counts and resizes that would make a number wrong are refused or said; what can be given is given."""
@@ -1771,7 +1795,7 @@ def test_a_killed_run_goes_on_bit_by_bit(made, name, stage, step, line):
     run("--out whole")
     for at in (step, step - 5):  # the second time it has just gone on
         kill_when(lambda at=at: logged("cut", at, stage), run("--out cut", background=True))
-    assert "continuing" in run("--out", "cut").stdout
+    assert "continuing" in run("--out cut")
     assert_same("whole", "cut", "ckpt.pt", "log.jsonl", "metrics.json")
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
@@ -1779,12 +1803,13 @@ def test_torchrun_brings_back_a_dead_worker_of_a_run_that_began_with_one(cache):
     run = partial(script, "tokenizer --steps 150 --stage2-steps 0 --lr 1e-4", FP32, "--save-every 20")
     run("--out one")
     kill_when(lambda: logged("cut", 40), run("--out cut", background=True))
-    job = run("--out cut", background=True, processes=2)
+    job = run("--out cut", background=True, processes=2, torchrun=True)
     wait_for(lambda: logged("cut", 90), job)
     for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split():
         if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
             os.kill(int(child), signal.SIGKILL)
-    assert job.wait(120) == 0, Path("said.txt").read_text()
+    job.join(120)
+    assert job.exitcode == 0
     assert_losses_agree("one", "cut", 300)
 
 @pytest.mark.parametrize("name", ["tokenizer", "diffusion", "sample"])
@@ -1795,8 +1820,9 @@ def test_two_runs_in_one_folder(made, name):
                     "sample": ("--num-samples 200 --batch-size 10", "samples.npz")}[name]
     line = f"{name} {more} {made[name]} --out"
     script(line, "alone")
-    first, second = script(line, "shared", background=True), script(line, "shared", check=False)
-    codes, said = [first.wait(120), second.returncode], second.stderr + Path("said.txt").read_text()
+    both = [script(line, "shared", background=True) for _ in range(2)]
+    codes = [process.join(120) or process.exitcode for process in both]
+    said = "".join(path.read_text() for path in Path().glob("said*"))
     assert codes == [0, 0] or (name == "sample" and sorted(codes) == [0, 1] and said.count("sample.py: ") == 1), said
     assert "Traceback" not in said
     if name != "sample":
@@ -1836,10 +1862,10 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_save(made, monkeypat
 def test_a_full_disk_keeps_what_is_there(made):
     """A limit on the size of files stands in for the disk: writing fails as there, with another number."""
     def full(size, line):
-        done = script(line, check=False, before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
-        said = [said for said in done.stderr.splitlines() if said.startswith(f"{line.split()[0]}.py: ")]
-        assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr
-        assert re.search(r"cannot write .*\.(pt|npy|npz): File too large.*kept", said[0])
+        said = script(line, limit=size, fails=True)
+        lines = [text for text in said.splitlines() if text.startswith(f"{line.split()[0]}.py: ")]
+        assert len(lines) == 1 and "Traceback" not in said
+        assert re.search(r"cannot write .*\.(pt|npy|npz): File too large.*kept", lines[0])
 
     train = "tokenizer --stage2-steps 0 --save-every 5 --steps 30 --out t"
     kill_when(Path("t/ckpt.pt").exists, script(train, background=True))
@@ -2025,13 +2051,13 @@ def test_sigkill_at_random_moments(made, name):
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     while kills < 12:
         victim = run("--out cut", background=True)
-        time.sleep(rng.uniform(1.2, 2.0 + span))
-        if victim.poll() is not None:  # it came through: from the start again
+        time.sleep(rng.uniform(0.1, 0.6 + span))
+        if victim.exitcode is not None:  # it came through: from the start again
             shutil.rmtree("cut")
             continue
         kills += 1
         victim.kill()
-        victim.wait()
+        victim.join()
         for path in Path("cut").glob("*.pt"):
             torch.load(path)  # whole at every moment
     run("--out cut")
