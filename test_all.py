@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import re
 import resource
@@ -539,42 +539,36 @@ TINY = {"tokenizer": {"size": 16, "patch": 4, "width": 24, "heads": 2, "depth": 
         "diffusion": {"width": 24, "heads": 2, "depth": 1, "batch_size": 16, "sampling_steps": 2, "log_every": 1}}
 FP32 = "--precision fp32 --optimizer adamw"
 
-@functools.cache
-def forks():
-    """Processes that start at once: each is forked from one that has imported this file, and has done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_all"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(HERE))
-        multiprocessing.forkserver.ensure_running()
-    return context
+FORK = multiprocessing.get_context("forkserver")  # its processes start at once: they begin with this file imported
+FORK.set_forkserver_preload(["test_all"])
 
 def forked(run, env, cwd, said, limit):
-    """What such a process does."""
+    """What such a process does. Its files have at most `limit` bytes."""
     os.environ.update(env)
     os.chdir(cwd)
     for stream in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     run()
 
-def script(*line, cwd=".", fields=None, processes=1, torchrun=False, limit=0, fails=False, background=False):
-    """`call`, with TINY, in processes of its own, perhaps new ones by torchrun. Returns what they said, or the process."""
-    line, said = " ".join(map(str, line)), Path(f"said-{time.time()}.txt").absolute()
+def script(*line, cwd=".", fields=None, processes=1, torchrun=False, limit=-1, fails=False, background=False):
+    """`call`, with TINY, in processes of its own, or in new ones by torchrun. Returns what they said, or the process."""
+    line, port = " ".join(map(str, line)), str(20_000 + os.getpid() % 20_000)
+    cwd, said = Path(cwd).absolute(), Path(f"said-{time.time()}.txt").absolute()
     fields = (fields or {}) if line.split()[0] in TINY else None
-    port = str(20_000 + os.getpid() % 20_000)
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     run, ranks = partial(call, line, fields=fields), range(processes)
     if torchrun:
-        new = f"import sys; sys.path.append({str(HERE)!r}); import test_all; test_all.call({line!r}, fields={fields!r})"
-        run, ranks = partial(torch.distributed.run.main, [
-            f"--nproc_per_node={processes}", f"--max-restarts={int(not fails)}", "--master_port", port,
-            "--no-python", sys.executable, "-c", new]), [0]
-    args = [(run, os.environ | group | {"RANK": str(rank)}, cwd, said, limit) for rank in ranks]
-    children = [forks().Process(target=forked, args=each, daemon=True) for each in args]
-    for child in children:
-        child.start()
+        code = f"import sys; sys.path.append({str(HERE)!r}); import test_all; test_all.call({line!r}, fields={fields!r})"
+        command = [f"--nproc_per_node={processes}", f"--max-restarts={int(not fails)}", "--master_port", port,
+                   "--no-python", sys.executable, "-c", code]
+        run, ranks = partial(torch.distributed.run.main, command), [0]
+    args = [(run, env | {"RANK": str(rank)}, cwd, said, limit) for rank in ranks]
+    children = [FORK.Process(target=forked, args=each, daemon=True) for each in args]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)  # the first start finds this file there
+        for child in children:
+            child.start()
     if background:
         return children[0]
     codes = {child.join(400) or child.exitcode for child in children}
@@ -700,9 +694,7 @@ LOSSES = {"recon", "lpips", "pixel", "hog", "dinov2", "siglip", "grad"}
 ADVERSARIAL = {"adv", "adaptive", "hinge", "lecam", "consistency", "logits_real", "logits_fake", "grad_d"}
 
 def test_all_losses_train_resume_and_share_out(made_weights, cache):
-    """Every term is logged from its step on; two processes are as one; a run that is killed goes on bit by bit, its
-    discriminator, too. Batch norm is of groups of 8, as processes on a CPU share no statistics.
-    """
+    """Every term is logged from its step on; two processes are as one; a killed run goes on bit by bit."""
     Path("pictures").mkdir()
     for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (42, 32, 32, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(f"pictures/{i}.png")
@@ -727,9 +719,7 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache):
 
 @pytest.mark.parametrize("stage, adv_start", [(1, 0), (1, 2), (2, 2)])
 def test_a_step_has_the_gradients_of_the_sum(made_weights, monkeypatch, stage, adv_start):
-    """The loop's backward pass from both ends is an arrangement of Eq. 6 plus Eq. 8, not another loss. The adaptive
-    weight is that of the last matrix; LPIPS warms up, and L_adv begins, over the steps of both stages.
-    """
+    """The loop's passes from both ends are Eq. 6 plus Eq. 8; LPIPS warms up, L_adv begins, over the steps of both stages."""
     cfg = tokenizer.Config(**FULL | {"weights": str(made_weights), "out": ".", "steps": 1, "stage2_steps": 1,
                                      "adv_start": adv_start, "clip": 0.0, "aux_weight": 0.5})
     targets = {name: tokenizer.TARGETS[name](cfg, ONE, None) for name in cfg.target_names()}
@@ -769,8 +759,7 @@ def test_a_step_has_the_gradients_of_the_sum(made_weights, monkeypatch, stage, a
     {"latents": 0}, {"latents": 0, "decoder": "modulated"}, {"positions": "table", "dec_class_token": True},
     {"kl": 1e-4}, {"aux_depth": 0}, tokenizer.PRESETS["mae_pixel"], tokenizer.PRESETS["mae_teacher"]], ids=str)
 def test_the_baselines_train(cache, monkeypatch, fields):
-    """Two steps of each stage in this process, and what they save loads again. A teacher of 20 steps will do."""
-    monkeypatch.setattr(tokenizer, "cached_classifier", lambda images, dist, out, seed: fid.train_classifier(images, dist, seed, 20))
+    """Two steps of each stage in this process, and what they save loads again."""
     monkeypatch.setattr(tokenizer, "evaluate", lambda *args: {})
     call("tokenizer --steps 2 --stage2-steps 2 --out .", FP32, fields=fields)
     (stage1, cfg), (stage2, _) = (tokenizer.load_tokenizer(f"{name}.pt", CPU) for name in ("stage1", "ckpt"))
@@ -1620,10 +1609,11 @@ def test_nothing_of_an_earlier_run_stays_and_classes_without_images_are_not_samp
     run()
     assert {p.name for p in Path("s").iterdir()} == {"samples.npz", "grid.png"}
 
-def test_a_flat_folder_goes_through_all_scripts(cache):
-    """One class; the plain autoencoder without masking, on two processes; the scores that need labels are left out."""
-    make_folder("x", 60, ("flat",))
-    script("tokenizer --data x/flat --mask-min 0 --mask-max 0 --targets none --steps 4 --stage2-steps 3", processes=2)
+@pytest.mark.parametrize("n, more", [(60, "--mask-min 0 --mask-max 0 --targets none"), (1, "")])
+def test_a_flat_folder_goes_through_all_scripts(cache, n, more):
+    """One class, the plain autoencoder without masking on two processes, or one image; no scores that need labels."""
+    make_folder("flat", n, ("",))
+    script(f"tokenizer --data flat --steps 4 --stage2-steps 3 {more}", processes=1 + (n > 1))
     assert "one class only" in script("diffusion --steps 4 --samples 8")
     script("sample --num-samples 9 --steps 2")
     z = content_of("out/samples/samples.npz")
@@ -1719,13 +1709,9 @@ def test_a_batch_that_does_not_fit_is_one_line_with_advice(monkeypatch, line, me
     monkeypatch.setattr(sys.modules[line.split()[0]], "main", full)
     refused(call, line, message=message)
 
-def test_one_image_and_a_batch_that_processes_cannot_share(cache):
-    make_folder("x", 1, ("",))
-    script("tokenizer --data x --steps 2 --stage2-steps 1")
-    script("diffusion --steps 2 --samples 0")
-    script("sample --num-samples 2 --steps 1")
-    said = script("tokenizer --batch-size 15 --data y --out z", processes=2, torchrun=True, fails=True)
-    assert said.count("--batch-size 15 must be a multiple of the 2 processes") == 1  # before a file is read
+def test_a_batch_that_processes_cannot_share():
+    said = script("tokenizer --batch-size 15 --data none --out z", processes=2, torchrun=True, fails=True)
+    assert said.count("--batch-size 15 must be a multiple of the 2 processes") == 1  # before anything is read
 
 def test_scores_say_what_they_are_of(made_weights, cache, monkeypatch, capsys):
     """Labels, sizes, counts and resizes that would make a number wrong are refused or said; what can be given is given."""
@@ -1770,7 +1756,6 @@ def test_a_read_only_cache_that_holds_all_is_enough(chain, monkeypatch):
     shutil.copytree(os.environ["MAETOK_CACHE"], "cache", ignore=shutil.ignore_patterns("*.pt", "*.part"))
     monkeypatch.setenv("MAETOK_CACHE", str(Path("cache").absolute()))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    monkeypatch.setattr(fid, "train_classifier", partial(fid.train_classifier, steps=5))
     before = sorted(Path("cache").rglob("*"))
     call("tokenizer --steps 2 --stage2-steps 1", fields={})
     assert list(Path("out/tokenizer").glob("classifier*.pt")) and before == sorted(Path("cache").rglob("*"))
@@ -1785,14 +1770,14 @@ def test_the_probe_of_many_classes_is_bounded():
 
 SHORT = {"tokenizer": "--stage2-steps 0", "diffusion": "--samples 0"}
 
-@pytest.mark.parametrize("name, stage, step, line", [("tokenizer", "stage 1", 50, "--steps 60 --stage2-steps 60"),
-                                                     ("tokenizer", "stage 2", 10, "--steps 60 --stage2-steps 60"),
-                                                     ("diffusion", "diffusion", 50, "--steps 150 --samples 0")])
-def test_a_killed_run_goes_on_bit_by_bit(made, name, stage, step, line):
+@pytest.mark.parametrize("name, line, kills", [
+    ("tokenizer", "--steps 60 --stage2-steps 60", [("stage 1", 50), ("stage 1", 45), ("stage 2", 10), ("stage 2", 5)]),
+    ("diffusion", "--steps 150 --samples 0", [("diffusion", 50), ("diffusion", 45)])])
+def test_a_killed_run_goes_on_bit_by_bit(made, name, line, kills):
     run = partial(script, name, line, made[name], "--save-every 7")
     run("--out whole")
-    for at in (step, step - 5):  # the second time it has just gone on
-        kill_when(lambda at=at: logged("cut", at, stage), run("--out cut", background=True))
+    for stage, at in kills:  # every second time it has just gone on
+        kill_when(lambda stage=stage, at=at: logged("cut", at, stage), run("--out cut", background=True))
     assert "continuing" in run("--out cut")
     assert_same("whole", "cut", "ckpt.pt", "log.jsonl", "metrics.json")
 
@@ -1880,8 +1865,9 @@ def test_a_full_disk_keeps_what_is_there(made):
 def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-def damaged_pictures(root: Path) -> list[Path]:
-    """Files that are no whole, ordinary pictures, whatever their names say."""
+def test_damaged_pictures_are_named_and_odd_ones_are_read(capsys):
+    """Damaged ones are named with a reason and the rest is packed, in little memory; more than 1 % end the run."""
+    peak, root = peak_memory(), make_folder("x", 3000, ("all",), 4) / "all"
     picture, contents = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)), {}
     for kind in ("jpeg", "gif", "tiff", "webp", "bmp", "png"):
         file = io.BytesIO()
@@ -1897,12 +1883,7 @@ def damaged_pictures(root: Path) -> list[Path]:
                  "bomb.png": header(60_000, 60_000), "wide bomb.png": header(2**31 - 1, 1)}
     for name, content in contents.items():
         (root / name).write_bytes(content)
-    return [root / name for name in contents]
-
-def test_damaged_pictures_are_named_and_odd_ones_are_read(capsys):
-    """Damaged ones are named with a reason and the rest is packed, in little memory; more than 1 % end the run."""
-    peak, root = peak_memory(), make_folder("x", 3000, ("all",), 4) / "all"
-    bad = damaged_pictures(root)
+    bad = [root / name for name in contents]
     data.pack(root, 8, "out")
     said = capsys.readouterr().out
     assert all(f"unreadable: {str(p.absolute())!r}: " in said for p in bad) and said.count("unreadable: ") == len(bad)
@@ -2163,9 +2144,7 @@ def test_budgets_and_what_the_readme_counts_and_quotes():
             assert "\n".join(line.strip() for line in part.splitlines()) in code, part
 
 def test_every_command_of_the_readme_runs(cache, made_weights):
-    """Its sh blocks, in order in one folder, by bash as they stand, but: installing is left out (.ci/run does it),
-    placeholders become small files, torchrun one process, and small sizes come behind the flags of each script.
-    """
+    """Its sh blocks in order, by bash; no installing (.ci/run does it), small files and sizes, torchrun as one process."""
     make_folder("images", 20, size=16)
     fid.cached_classifier(data.ImageSet("images", 16, "train"), ONE, "")  # of 40 steps: the scripts train none
     make_folder("A", 8, ("",), 16)
@@ -2198,9 +2177,7 @@ NOT_OURS = """0.67 24.47 0.85 5.78 0.48 5.69 1.22 22.17 1.75 18.17 1.15 17.18 2.
 2.9 13.73 6.27 2603.05630 0.48 2.31 1.67"""
 
 def test_numbers_in_the_readme_are_in_the_results():
-    """Every decimal number and percentage outside code is a rounded value of some file in results/, or named above. A
-    row with a spread is a row of a table there.
-    """
+    """Each decimal number or percentage outside code rounds a value in results/, or stands above; rows with a spread, too."""
     files = [p.read_text() for p in (HERE / "results").rglob("*") if p.suffix == ".json" or p.name == "table.md"]
     values = np.array([float(n) for n in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?(?![\w.])", "\n".join(files))])
     quoted = {line for line in README.splitlines() if line.startswith("|") and " ± " in line}
