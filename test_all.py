@@ -1126,9 +1126,6 @@ def test_a_folder_is_packed_split_and_reread(cache):
     Image.new("RGB", (20, 20)).save(root / "cat/new.png")  # a changed folder is packed anew
     assert sum(map(len, both(root, 16))) == 61
     refused(data.pack, root, 16, Path("packed"), message="was made of other")
-    make_folder("y/train", 4)
-    make_folder("y/test", 2)
-    assert [len(part) for part in both("y", 16)] == [8, 4]
     shutil.rmtree(root)
     refused(both, root, 16, message="no such folder")
 
@@ -1136,7 +1133,6 @@ def test_shards_are_shared_out_and_those_of_other_content_refused(monkeypatch):
     rows, calls = np.random.default_rng(0).integers(0, 256, (47, 3, 2), dtype=np.uint8), []
     def shards(folder, made_of="this", dist=ONE):
         return data.make_shards(Path(folder), 47, 10, lambda a, b: calls.append(a) or rows[a:b], made_of, dist, "")
-
     found = shards("one")
     for index in (np.arange(47), np.array([46, 0, 10, 9, 9])):
         assert found.shape[0] == 47 and np.array_equal(found[index], rows[index])
@@ -1159,7 +1155,6 @@ def test_packing_goes_on_where_it_was_cut_and_memory_does_not_grow(monkeypatch):
         if len(seen) == 250:
             raise KeyboardInterrupt
         return honest(path, size)
-
     monkeypatch.setattr(data, "shard_length", lambda size: 100)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "read_image", cut)
@@ -1240,7 +1235,6 @@ def test_pretrained_weights_are_found_fetched_checked_or_asked_for(server, monke
     monkeypatch.setattr(fid, "WEIGHTS", known)
     def fetch(name, at=folder):
         return torch.equal(fid.pretrained(name, str(at), ONE, "--lpips 0")["a"], weights["a"])
-
     for name, message in (("wrong", "invalid hash"), ("gone", "refused")):
         said = refused(fetch, name, message=message)
         assert all(part in said for part in (known[name][0], f"w/{name}.pth", "--weights", "do without: --lpips 0"))
@@ -1262,7 +1256,6 @@ def test_safetensors_are_read_and_refused():
         text = json.dumps({"__metadata__": {}, "a": entry}).encode() + b" " * pad
         path.write_bytes((length or len(text)).to_bytes(8, "little") + text + body)
         return fid.read_weights(path)["a"]
-
     kinds = {"F32": np.float32, "I64": np.int64, "F16": np.float16}
     for pad, (dtype, kind) in itertools.product(range(4), kinds.items()):  # at odd addresses, too
         expected = np.frombuffer(body, kind)
@@ -1535,7 +1528,7 @@ def test_two_processes_train_as_one(made):
 def test_lightning_trains_and_an_earlier_checkpoint_guides(made):
     call("diffusion --steps 6 --keep-every 3 --samples 0 --style lightning", made["diffusion"],
          fields={"cosine_loss": 1.0})
-    run = partial(call, "sample --num-samples 9 --steps 2 --precision fp32")
+    run = partial(call, "sample --num-samples 9 --steps 2 --precision fp32 --guidance 99")
     run("--out plain")
     run("--out guided --guide out/diffusion/step-3.pt")
     plain, guided = (content_of(f"{out}/samples.npz")["arr_0"] for out in ("plain", "guided"))
@@ -1655,9 +1648,7 @@ def test_a_run_and_its_data_can_be_moved(cache, monkeypatch):
     call(f"fid --samples s/samples.npz --data {photos}")
     shutil.move("b/out/tokenizer", "elsewhere")
     refused(run, message="tokenizer/ckpt.pt: No such file")
-    run("--tokenizer elsewhere/ckpt.pt --png")
     run("--tokenizer elsewhere/ckpt.pt")
-    assert not Path("s/png").exists()  # the pictures of the run before
 
 def test_what_would_spoil_a_result_is_refused(chain, made, capsys):
     refused(call, "diffusion", made["diffusion"], f"--out {chain}/tokenizer", message="whose ckpt.pt it would overwrite")
@@ -1714,9 +1705,7 @@ def test_scores_say_what_they_are_of(made_weights, cache, monkeypatch, capsys):
     np.savez("small.npz", arr_0=small)
     np.savez("names.npz", arr_0=pixels, labels=np.zeros(12, int), classes=np.array(["ape", "cat"]))
     np.save("x.npy", pixels)
-    for i in range(3):
-        Path("folder").mkdir(exist_ok=True)
-        Image.fromarray(pixels[i]).save(f"folder/{i}.png")
+    make_folder("folder", 3, ("",))
     call("fid --samples right.npz --data shapes")
     assert "12 images, no more than 192 features: fd_classifier is too high" in capsys.readouterr().out
     call("fid --samples names.npz --data shapes")
@@ -1854,10 +1843,9 @@ def test_a_full_disk_keeps_what_is_there(made):
     """A limit on the size of files stands in for the disk: writing fails as there, with another number."""
     def full(size, line):
         said = script(line, limit=size, fails=True)
-        lines = [text for text in said.splitlines() if text.startswith(f"{line.split()[0]}.py: ")]
-        assert len(lines) == 1 and "Traceback" not in said
-        assert re.search(r"cannot write .*\.(pt|npy|npz): File too large.*kept", lines[0])
-
+        found = re.findall(rf"^{line.split()[0]}\.py: (.*)", said, re.MULTILINE)
+        assert len(found) == 1 and "Traceback" not in said
+        assert re.search(r"cannot write .*\.(pt|npy|npz): File too large.*kept", found[0])
     train = "tokenizer --stage2-steps 0 --save-every 5 --steps 30 --out t"
     kill_when(Path("t/ckpt.pt").exists, script(train, background=True))
     before = Path("t/ckpt.pt").read_bytes()
