@@ -553,7 +553,7 @@ def forked(run, env, cwd, said, limit):
 def script(*line, cwd=".", fields=None, processes=1, torchrun=False, limit=-1, fails=False, background=False):
     """`call`, with TINY, in processes of its own, or in new ones by torchrun. Returns what they said, or the process."""
     line, port = " ".join(map(str, line)), str(20_000 + os.getpid() % 20_000)
-    cwd, said = Path(cwd).absolute(), Path(f"said-{time.time()}.txt").absolute()
+    cwd, said = Path(cwd).absolute(), Path(cwd, f"said-{time.time()}.txt").absolute()
     fields = (fields or {}) if line.split()[0] in TINY else None
     env = os.environ | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     run, ranks = partial(call, line, fields=fields), range(processes)
