@@ -55,7 +55,8 @@ def say(*text: object):
             print(*text, flush=True)
 
 def one_line(error: Exception) -> str:
-    system = getattr(error.__context__ or error, "strerror", None)  # torch.save hides it
+    # torch.save hides what the system said
+    system = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None)
     text = f"{error.args[0]} is missing" if isinstance(error, KeyError) else system or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 

@@ -78,7 +78,8 @@ class SiTBlock(nn.Module):
 
 class SiT(nn.Module):
     """Velocity of latents x (B x L x H) at times t (B) for classes y (B; K is the null class)."""
-    def __init__(self, length, channels, classes, width, depth, heads, style="sit", qk_norm=False):
+    def __init__(self, length: int, channels: int, classes: int, width: int, depth: int, heads: int,
+                 style: str = "sit", qk_norm: bool = False):
         super().__init__()  # parameters have the names of the released checkpoints
         self.shape, self.null_class, self.size = (length, channels), classes, (width, heads)
         self.pos_embed = nn.Parameter(token_positions(length, width), False)  # 1 x L x D
@@ -144,7 +145,7 @@ def velocity_loss(model, x, noise, t, y, path: str, cosine: float = 0.0) -> Tens
 
 # ---- Sampling. The state is float64, so that hundreds of small steps add up without rounding
 
-def guided_velocity(model, y: Tensor, scale=1.0, low=0.0, high=1.0, guide=None) -> Callable:
+def guided_velocity(model, y: Tensor, scale: float = 1, low: float = 0, high: float = 1, guide=None) -> Callable:
     """velocity(x, t, gate=t): v_null + scale (v - v_null) where low <= gate <= high, else v."""
     def velocity(x, t, gate=None):
         x, times = x.float(), y.new_full((len(x),), t, dtype=torch.float32)
