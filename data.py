@@ -56,7 +56,7 @@ def say(*text: object):
 
 def one_line(error: Exception) -> str:
     # torch.save hides what the system said
-    system = getattr(error.__context__, "strerror", None) or getattr(error, "strerror", None)
+    system = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
     text = f"{error.args[0]} is missing" if isinstance(error, KeyError) else system or str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
@@ -251,8 +251,8 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
 FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
 SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
-# Beginnings of hidden names, and of what systems leave: __MACOSX, @eaDir, #recycle, $RECYCLE.BIN
-DEBRIS = ".", "__", "@", "#", "$", "System Volume Information", "lost+found"
+# Hidden names, and folders that systems leave
+DEBRIS = re.compile(r"\..*|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's: boxes while it is twice too large, then bicubic; the centre."""
@@ -282,7 +282,8 @@ def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """uint8 size x size x 3, upright, on white; size 0 keeps that of the file."""
-    with Image.open(path, formats=FORMATS) as image:
+    # By its path Pillow would map an upright TIFF as if it lay on its side
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if max(image.size) > 1000 * min(image.size):
             raise ValueError("too long a strip")
         bits = str(image.tile[0][3])[-2:] if image.tile else ""
@@ -320,7 +321,7 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
     images, others, here = [], [], os.path.realpath(root)
     for entry in os.scandir(root) if here not in above else ():
         name, path, suffix = entry.name, entry.path, Path(entry.name).suffix.lower()
-        if name.startswith(DEBRIS):
+        if DEBRIS.fullmatch(name):
             continue
         if entry.is_dir(follow_symlinks=len(above) < 2):  # a few levels, or links multiply
             below = find_images(path, (*above, here))
@@ -346,6 +347,7 @@ def list_folder(root: Path) -> Listing:
     splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
               for names in ("train training", "val valid validation dev eval test testing")]
     if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
+        say(f"{root}: only {tops[0]}/ holds images")
         return list_folder(root / tops[0])
     if not splits[0] or not splits[1] and len(tops) > 1:
         splits = ["", None]  # the top folders are classes
@@ -365,7 +367,7 @@ def list_folder(root: Path) -> Listing:
     folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir()]
     if not any(name for _, name in train):
         folders = [""]  # loose images
-    folders = sorted(name for name in folders if not name.startswith(DEBRIS))
+    folders = sorted(name for name in folders if not DEBRIS.fullmatch(name))
     number = {name: i for i, name in enumerate(folders)}
     for path, name in train + val:
         if name not in number:
@@ -402,7 +404,7 @@ def store(out, size, classes, labels, n_train, made_of, make):
     unreadable = n - readable.sum()
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
         shutil.rmtree(out / "images")  # all files are read and named again
-        die(f"{unreadable} of {n} images are unreadable: mend or remove them")
+        die(f"{unreadable} of {n} images are unreadable, too many or all of a split: mend or remove them")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
         np.save(file, labels)

@@ -9,6 +9,7 @@ import json  # noqa: I001
 import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
 
 def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict) -> None:
     """Write samples.npz, grid.png and png/, in place of an earlier run's."""
-    if (out / "samples.npz").exists() or (out / "grid.png").exists():  # else png/ is not ours
+    if (out / "samples.npz").exists():  # else png/ is not ours
         shutil.rmtree(out / "png", ignore_errors=True)
         for name in ("metrics.json", "grid.png"):
             (out / name).unlink(missing_ok=True)
@@ -136,10 +137,15 @@ def main(cfg: Config, dist: Dist) -> None:
     for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
         made_of[name] = net and fingerprint(net.state_dict(), "")
     out = dist.make_out_dir(cfg.out)
+    if cfg.png and (out / "png").exists() and not (out / "samples.npz").exists():
+        die(f"{out} holds png/, which sample.py did not write: give another --out")
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
         save(out, cfg, images, labels, classes, made_of)
-        shutil.rmtree(out / "parts", ignore_errors=True)  # a second run may write there
+        for path in (out / "parts").glob("*-*.npy"):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # a second run may write there
+            (out / "parts").rmdir()
     calls, doubled = sampling.nfe()
     dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if guided ones count twice")
     dist.barrier()

@@ -1298,6 +1298,7 @@ FOLDERS = {  # files, and the classes, counts and words of the listing
     "x/0-9 b.heic c.CR2 .hidden.png .git/0": (["x"], 9, 1, "left out: 1 .cr2, 1 .heic"),
     "flowers/rose/0-9 flowers/tulip/0-9 flowers/readme.txt": (["rose", "tulip"], 19, 1, "x/flowers: 2 classes"),
     "zip/train/x/0-3 zip/val/x/0": (["x"], 4, 1, "from val/"),
+    "#tag/0-3 @user/0-3 $100/0-3 x/__a.png": (["#tag", "$100", "@user", "x"], 12, 1, "left out: nothing"),
     "train/x/0-3 val/0": "val/0.png lies in no class folder", "x/0 loose.png": "loose.png lies in no class folder",
     "train/x/0 val/z/0": "val/z/0.png lies in no class folder", "a.txt b.txt": "no images found below it; left out: 2 .txt"}
 
@@ -1427,6 +1428,10 @@ def test_orientation_transparency_and_deep_pixels(capsys):
         turned = np.asarray(ImageOps.exif_transpose(Image.open(Path("a.png"))))
         assert np.array_equal(data.read_image(Path("a.png"), 0), turned)
         assert turned.shape == ((24, 40, 3) if orientation < 5 else (40, 24, 3))
+        for mode in ("L", "RGBA", "CMYK"):  # without compression Pillow maps a file that it opens by its name
+            (plain := rgb.convert(mode)).save(Path("a.tif"), exif=exif)
+            turn = {6: Image.ROTATE_270, 8: Image.ROTATE_90}.get(orientation)
+            assert turn is None or np.array_equal(data.read_image("a.tif", 0), plain.transpose(turn).convert("RGB"))
     rgb.save(Path("b.png"), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")  # a damaged tag
     assert np.array_equal(data.read_image(Path("b.png"), 0), np.asarray(rgb))
     for bits, key, other, grey in ((2, 1, 2, 170), (4, 3, 5, 85), (8, 9, 77, 77), (16, 257 * 3, 257 * 200, 200)):
