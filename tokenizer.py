@@ -892,7 +892,7 @@ class Adversary(nn.Module):
             cutout, chance = (0.5, 1) if strong else (0.2, 0.5)
             mine = self.dist.local_slice(cfg.batch_size)
             draws = draw_augmentation(rng, cfg.batch_size, size, cutout, chance)
-            draws = {k: draw[:, mine][:, micro].to(x.device) for k, draw in draws.items()}
+            draws = {k: draw[:, mine][:, micro].to(x.device, non_blocking=True) for k, draw in draws.items()}
             x = augment(x, draws, cutout)
         if size > 224 and rng.random() < 0.5:
             top, left = rng.integers(0, size - 223, 2)
