@@ -330,7 +330,7 @@ SIT = {  # Sec. 4 of the paper
     "compile": torch.cuda.is_available(),
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
 LIGHTNING = SIT | {
-    "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024,
+    "style": "lightning", "cosine_loss": 1.0, "steps": 400_000, "batch_size": 1024, "micro_batch": 128,
     "lr": 2e-4, "beta2": 0.95, "sampler": "euler", "guidance": 1.8}
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 KINDS = {
@@ -396,8 +396,9 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
         saving = last or done % cfg.save_every == 0
         if saving or keeping or done % cfg.log_every == 0:
             log.write(done)  # ends the run if a term is not finite
-        state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done}
-        state["ema"] = ema.model.state_dict()
+        if saving or keeping:
+            state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done}
+            state["ema"] = ema.model.state_dict()
         if keeping:
             dist.save(ckpt.with_name(f"step-{done}.pt"), state)
         if saving:

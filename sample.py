@@ -137,7 +137,7 @@ def main(cfg: Config, dist: Dist) -> None:
     for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
         made_of[name] = net and fingerprint(net.state_dict(), "")
     out = dist.make_out_dir(cfg.out)
-    if cfg.png and (out / "png").exists() and not (out / "samples.npz").exists():
+    if dist.is_main and cfg.png and (out / "png").exists() and not (out / "samples.npz").exists():
         die(f"{out} holds png/, which sample.py did not write: give another --out")
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
