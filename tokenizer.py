@@ -756,7 +756,7 @@ def main(cfg: Config, dist: Dist) -> None:
             model = train(cfg, dist, 1, model, source, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
-        state = targets = model = None  # frees the memory of the teachers
+        state = targets = model = weights = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
