@@ -902,6 +902,9 @@ class Log:
         self.cfg, self.dist, self.stage, self.steps, self.loader = cfg, dist, stage, steps, loader
         self.path = Path(cfg.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=step, desc=stage, disable=not dist.is_main or None)
+        if dist.is_main and self.path.exists() and self.path.read_bytes()[-1:] not in b"\n":
+            with open(self.path, "a") as file:
+                print(file=file)  # a line that was cut short stays alone
         self.reset()
 
     def reset(self):
@@ -944,11 +947,8 @@ class Log:
         if self.dist.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.dist.is_main:
-            # A line that was cut short, perhaps by a full disk, stays alone
-            cut = self.path.exists() and self.path.read_bytes()[-1:] not in b"\n"
-            line = json.dumps({"stage": self.stage, "step": step} | entry)
             with open(self.path, "a") as file:
-                print("\n" * cut + line, file=file)
+                print(json.dumps({"stage": self.stage, "step": step} | entry), file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
         self.bar.set_postfix_str(shown[:60])
         say(f"{self.stage} {step}/{self.steps}  {shown}")

@@ -213,6 +213,10 @@ class SamplerConfig:
         guided = (self.guidance > 1) & (self.low <= times) & (times <= self.high)
         return len(times), len(times) + int(guided.sum())
 
+def draw_labels(rule: str, classes, n: int, dist: Dist, seed: int) -> np.ndarray:
+    """n of these classes: random, or as many of each."""
+    return dist.rng(seed, "labels").choice(classes, n) if rule == "random" else np.resize(classes, n)
+
 @torch.no_grad()
 def generate(model: SiT, index, y: Tensor, cfg: SamplerConfig, dist: Dist, guide=None) -> Tensor:
     """Normalised latents B x L x H of samples number `index`, of classes y."""
@@ -316,7 +320,8 @@ class Config:
 
     def check(self) -> None:
         if self.width % (2 * self.heads) or self.guidance_high > 1:
-            raise ValueError(f"--width {self.width}: a multiple of 2 --heads; --guidance-high: at most 1")
+            raise ValueError(
+                f"--width {self.width} must be a multiple of 2 --heads, and --guidance-high at most 1")
         if self.cosine_loss and not self.clip:
             raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
@@ -478,8 +483,7 @@ def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> di
     """Scores of samples. Decoded noise and reconstructions are bounds."""
     judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
     present = np.unique(images.labels)
-    draw = dist.rng(cfg.seed, "labels").choice if cfg.labels == "random" else np.resize
-    y = torch.from_numpy(draw(present, n))
+    y = torch.from_numpy(draw_labels(cfg.labels, present, n, dist, cfg.seed))
     no_step = SamplerConfig(steps=0, seed=cfg.seed)  # leaves the noise as it is
     samples = LazyImages(n, lambda i: make(model, y[i], i))
     noise = LazyImages(n, lambda i: make(model, y[i], i, no_step))

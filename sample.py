@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from data import Dist, Shards, die, keep_outside, launch, make_shards, option, save_grid, writing
-from diffusion import SamplerConfig, generate, load_diffusion
+from diffusion import SamplerConfig, draw_labels, generate, load_diffusion
 from tokenizer import decode_images, fingerprint, load_tokenizer
 
 @dataclass(frozen=True)
@@ -55,16 +55,14 @@ PRESETS = {
 def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, present=()) -> np.ndarray:
     """The class of each of n images. `present`: classes with training images."""
     chosen = present or range(len(classes))
-    if rule == "random":
-        return dist.rng(seed, "labels").choice(chosen, n)
-    if rule != "balanced":
+    if rule not in ("balanced", "random"):
         numbers = {name: i for i, name in enumerate(classes)}
         if not any(name.isdigit() for name in classes):  # else a missing name would be a number
             numbers |= {str(i): i for i in range(len(classes))}
         if unknown := [word for word in rule.split(",") if word not in numbers]:
             die(f"--labels {rule}: {unknown[0]!r} is none of the classes {', '.join(classes[:20])}")
         chosen = [numbers[word] for word in rule.split(",")]
-    return np.resize(chosen, n)
+    return draw_labels(rule, chosen, n, dist, seed)
 
 def save_npz(path: Path, images: Shards, **arrays) -> None:
     """An npz as numpy writes it. arr_0 goes shard by shard."""
