@@ -352,7 +352,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
     model = cfg.build_sit(meta["shape"], len(meta["classes"])).to(dist.device)
     if init:
         take_over(model, init.state_dict(), dist)
-    ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg)
+    ema, optimizers = Ema(model, cfg.ema), make_optimizers(model, cfg, dist)
     ckpt, start = Path(cfg.out, "ckpt.pt"), 0
     if ckpt.exists():
         state = load_checkpoint(ckpt, "diffusion")

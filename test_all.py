@@ -743,7 +743,7 @@ def test_a_step_has_the_gradients_of_the_sum(made_weights, monkeypatch, stage, a
     idle, ratios = torch.optim.SGD(model.parameters()), []
     idle.param_groups.clear()  # it neither steps nor clears the gradients
     loader = type("Source", (), {"wait_seconds": 0.0, "__call__": lambda self, step: (x, None)})()
-    monkeypatch.setattr(tokenizer, "make_optimizers", lambda model, cfg: [idle])
+    monkeypatch.setattr(tokenizer, "make_optimizers", lambda *args: [idle])
     monkeypatch.setattr(tokenizer, "random_mask", lambda batch, n, ratio, generator: ratios.append(ratio) or mask)
     monkeypatch.setattr(tokenizer, "Loader", lambda *args: loader)
     tokenizer.train(cfg, ONE, stage, model, None, targets, lpips, adversary, None)
@@ -1058,6 +1058,14 @@ def test_muon_is_torchs_and_the_learning_rate_follows_its_schedule():
             assert (one - two).abs().max() < 2e-3 and (one - two).abs().mean() < 2e-4  # of updates of 5e-3
         if step == 1:
             mine.load_state_dict(copy.deepcopy(torchs.state_dict()))  # a checkpoint that torch's left
+    x, (a, b, c) = torch.randn(2, 48, 16), torchs.param_groups[0]["ns_coefficients"]
+    s = torch.linalg.svdvals(x / x.norm(dim=(1, 2), keepdim=True)).double()
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    close(torch.linalg.svdvals(data.orthogonalise(x, (a, b, c), 5)), s.sort(descending=True).values, 1e-4)  # bf16 misses it
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        cfg, dist = tokenizer.Config(), dataclasses.replace(ONE, precision=precision)
+        assert data.make_optimizers(tokenizer.Tokenizer(cfg), cfg, dist)[1].dtype == dtype
     for schedule, end in (("constant", 1.0), ("cosine", 0.1), ("linear", 0.1)):
         rates = [data.lr_schedule(step, 100, 10, schedule) for step in range(101)]
         assert rates[:10] == pytest.approx(np.arange(1, 11) / 10) and rates[100] == pytest.approx(end)

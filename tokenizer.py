@@ -503,7 +503,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     steps = cfg.steps if stage == 1 else cfg.stage2_steps
     if stage == 2:  # encoder and latents stay bit-identical
         model.requires_grad_(False).decoder.requires_grad_(True)
-    ema, own = Ema(model, cfg.ema), make_optimizers(model, cfg)
+    ema, own = Ema(model, cfg.ema), make_optimizers(model, cfg, dist)
     optimizers = own + (adversary.optimizers if adversary else [])
     stateful = [*optimizers, adversary] if adversary else optimizers
     start = restore(state, model, ema, stateful) if state else 0
@@ -882,7 +882,7 @@ class Adversary(nn.Module):
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # CPU processes have their own statistics
         self.net = net.to(dist.device).train()
         self.wrapped = (dist.wrap(self.net),)  # a tuple hides it from state_dict()
-        self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr))
+        self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr), dist)
 
     def view(self, x, purpose, step, micro):
         """x augmented, and half of the time a crop of 224 pixels."""
