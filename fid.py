@@ -3,7 +3,7 @@
     torchrun fid.py  # out/samples/samples.npz against its data -> metrics.json
     torchrun fid.py A B  # FID, sFID, IS, precision, recall of A against B
     torchrun fid.py stats B --out ref.npz  # statistics of B, to give in its place
-    python fid.py latents CKPT [CKPT ...] --out DIR  # linear probe, Gaussian mixtures
+    python fid.py latents CKPT [CKPT ...] --out DIR  # what may tell how well they generate
 
 A and B: an npz with arr_0 (uint8 n x S x S x 3), a folder of images, or a data set. B may be statistics.
 `fid` is as ADM's; `fd_classifier` uses a network trained on the labels of the data set.
@@ -445,10 +445,10 @@ def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=No
         scores["rfid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
     return scores
 
-# ---- Latents: linear probe and Gaussian mixtures (paper, Fig. 2a, 5a, App. B.3)
+# ---- Latents: what may tell, before a generator is trained, how well it will generate
 
 def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iterations=100) -> float:
-    """Accuracy of logistic regression on standardised latents, fitted on `device`."""
+    """Accuracy of logistic regression on standardised latents, fitted on `device` (Fig. 5a)."""
     large = train_z[0].numel() * classes > 2e6  # float64 would not fit
     dtype, history = (torch.float32, 3) if large else (torch.float64, 100)
     z, v = (x.flatten(1).to(device, dtype) for x in (train_z, val_z))  # n x L*H
@@ -468,20 +468,29 @@ def linear_probe(train_z, train_y, val_z, val_y, classes: int, device=None, iter
     return ((v @ w).argmax(1) == val_y.to(z.device)).double().mean().item()
 
 def gmm_log_prob(x, weights, means, covariances) -> Tensor:
+    """log(weight * density), n x K. Covariances K x D x D, or K x D if diagonal."""
+    if covariances.ndim == 2:
+        square = x**2 @ (1 / covariances).T - 2 * x @ (means / covariances).T  # n x K
+        rest = means**2 / covariances + (2 * math.pi * covariances).log()  # K x D
+        return weights.log() - 0.5 * (square + rest.sum(1))
     parts = [MultivariateNormal(m, c).log_prob(x) for m, c in zip(means, covariances)]
-    return torch.stack(parts, 1) + weights.log()  # n x K
+    return torch.stack(parts, 1) + weights.log()
 
-def fit_gmm(x: Tensor, k: int) -> tuple:
-    """Weights, means, full covariances (plus 1e-3) of k Gaussians: EM from k-means++."""
+def fit_gmm(x: Tensor, k: int, diagonal: bool = False) -> tuple:
+    """Weights, means, covariances (plus 1e-3) of k Gaussians: EM from k-means++."""
     x, last = x.double(), -math.inf
     _, cluster = kmeans2(x.cpu().numpy(), k, minit="++", rng=np.random.default_rng(0))
     responsibility = F.one_hot(torch.from_numpy(cluster).long(), k).to(x)  # n x K
-    floor = 1e-3 * torch.eye(x.shape[1]).to(x)
+    floor = 1e-3 if diagonal else 1e-3 * torch.eye(x.shape[1]).to(x)
     for _ in range(100):
         count = responsibility.sum(0) + 1e-9  # a cluster may be empty
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
-        covariances = torch.stack([((x - m) * r[:, None]).T @ (x - m) / n + floor
-                                   for m, r, n in zip(means, responsibility.T, count)])
+        covariances = []
+        for m, r, n in zip(means, responsibility.T, count):
+            d = x - m  # n x D
+            square = r @ d**2 if diagonal else (d * r[:, None]).T @ d  # D, or D x D
+            covariances.append(square / n + floor)
+        covariances = torch.stack(covariances)
         joint = gmm_log_prob(x, weights, means, covariances)
         total = joint.logsumexp(1)
         responsibility = (joint - total[:, None]).exp()
@@ -490,16 +499,48 @@ def fit_gmm(x: Tensor, k: int) -> tuple:
         last = total.mean()
     return weights, means, covariances
 
-def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32)) -> dict:
-    """Held-out negative log-likelihood per dimension of mixtures, after PCA to `dims`."""
+def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), diagonal=False) -> dict:
+    """Held-out negative log-likelihood per dimension of mixtures, after PCA to `dims` (App. B.3).
+
+    The released code's covariances are `diagonal` (Fig. 2a).
+    """
     axes = torch.linalg.eigh(torch.cov(train_z.double().T))[1].flip(1)  # largest first
     z, v = (x.double() @ axes[:, :dims] for x in (train_z, val_z))
     std = z.std(0).clamp(min=1e-9)  # a dead channel stays where it is
     curve = {}
     for k in tqdm([k for k in sizes if 2 * k <= len(z)], desc="mixtures", leave=False, disable=None):
-        log_prob = gmm_log_prob(v / std, *fit_gmm(z / std, k))  # n x K
+        log_prob = gmm_log_prob(v / std, *fit_gmm(z / std, k, diagonal))  # n x K
         curve[k] = -log_prob.logsumexp(1).mean().item() / dims
     return curve
+
+def interpolate(v: Tensor, z: Tensor) -> Tensor:
+    """Half way on the sphere from each row of v to one of its 10 nearest rows of z (iFID, arXiv 2603.05630).
+
+    By cosine; drawn by softmax(-mean squared distance). v is n x D, z is m x D.
+    """
+    unit, generator, parts = F.normalize(z), torch.Generator(z.device).manual_seed(0), []
+    for a in v.split(500):
+        near = z[(F.normalize(a) @ unit.T).topk(min(10, len(z))).indices]  # B x 10 x D
+        chance = (-(near - a[:, None]).square().mean(2)).softmax(1)  # B x 10
+        drawn = torch.multinomial(chance, 1, generator=generator)[:, 0]  # B
+        b = near[torch.arange(len(a)), drawn]  # B x D
+        cosine = F.cosine_similarity(a, b)[:, None]  # of the angle w
+        parts.append((a + b) / (2 + 2 * cosine).sqrt())  # sin(w/2) / sin(w) = 1 / sqrt(2 + 2 cos(w))
+    return torch.cat(parts)
+
+def velocity_variance(x: Tensor, t: float, queries: int = 1000) -> float:
+    """Variance of the velocity given x_t on the linear path, per dimension, averaged over x_t.
+
+    As if the rows of x, n x D, were all the data: x_t = (1 - t) x_i + t eps, with a known
+    posterior over i. v = (x_t - x) / t, so Var[v | x_t] = Var[x | x_t] / t^2.
+    """
+    x, generator, total = x.double(), torch.Generator(x.device).manual_seed(0), 0.0
+    index = torch.linspace(0, len(x) - 1, queries, device=x.device).long()
+    noise = torch.randn(queries, x.shape[1], generator=generator, device=x.device)
+    for x_t in ((1 - t) * x[index] + t * noise).split(250):
+        posterior = (torch.cdist(x_t, (1 - t) * x).square() / (-2 * t**2)).softmax(1)  # B x n
+        total += (posterior @ x**2 - (posterior @ x) ** 2).sum().item()
+    return total / (queries * x.shape[1] * t**2)
 
 # ---- Features from the data set's own labels
 
@@ -597,7 +638,7 @@ class ClassifierFD:
     def __init__(self, train: ImageSet, val: ImageSet, dist: Dist, out: str):
         self.net = cached_classifier(train, dist, out)
         self.score = partial(self.net.score, dist=dist)
-        self.reference, _ = self.score(val, val.labels)
+        self.reference, self.val_moments = self.score(val, val.labels)
 
 # ---- Command line
 
@@ -756,8 +797,8 @@ def write_statistics(cfg: Config, dist: Dist):
     dist.print(f"wrote {cfg.out}")
 
 def compare_latents(cfg: Config, dist: Dist):
-    """Linear probe and mixtures of tokenizers, all in as many dimensions -> analysis.json."""
-    from tokenizer import encode_dataset, load_tokenizer  # which imports this file
+    """Predictors of tokenizers; mixtures all in as many dimensions -> analysis.json."""
+    from tokenizer import decode_images, encode_dataset, load_tokenizer  # which imports this file
 
     dist, rows, latents = dist.alone(), {}, {}
     for path in cfg.samples.split(","):
@@ -766,17 +807,30 @@ def compare_latents(cfg: Config, dist: Dist):
         train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist) for images in (train, val))
         row = rows[path] = {"latents": list(z.shape[1:]), "data": data}
+        normal = (z - z.mean((0, 1))) / z.std((0, 1)).clamp(min=1e-9)  # as the generator sees them
+        normal, shape = normal.flatten(1).to(dist.device), z.shape[1:]
+        row["velocity_variance"] = {t: velocity_variance(normal, t) for t in (0.3, 0.5, 0.7)}
         z, v = latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
         variance = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).cumsum(0)
         row["dimensions_for_90_percent"] = int((variance < 0.9 * variance[-1]).sum()) + 1
         if len(train.classes) > 1:
             row["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
             row["probe_images"] = len(z), len(v)  # evenly spaced in large sets
+            judge, h = ClassifierFD(train, val, dist, cfg.out), interpolate(v, z).unflatten(1, shape)
+            mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
+            _, moments = judge.score(mixed)
+            row["ifd_classifier"] = frechet_distance(*moments, *judge.val_moments)
+            if cfg.features != "classifier":
+                net = load_inception(cfg.weights, dist, cfg.resize)
+                a, b = (inception_statistics(net, x, dist) for x in (mixed, val))
+                row["ifid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
     dims = min(dims, *(z.shape[1] for z, _ in latents.values()))
     for path, (z, v) in latents.items():
         rows[path]["mixture_nll_per_dimension"] = gmm_nll_curve(z, v, dims)
+        rows[path]["diagonal_mixture_nll_per_dimension"] = gmm_nll_curve(
+            z, v, dims, (1, 3, 10, 30, 100, 300), diagonal=True)
         dist.print(path, rows[path])
     out = dist.make_out_dir(cfg.out) / "analysis.json"
     dist.save(out, {"dimensions": dims, "rows": rows})

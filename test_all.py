@@ -1042,6 +1042,31 @@ def test_mixtures_and_probe():
     weights, means, covariances = fid.fit_gmm(train, 4)
     exact = torch.distributions.MultivariateNormal(means, covariances).log_prob(val.double()[:, None]) + weights.log()
     close(fid.gmm_log_prob(val.double(), weights, means, covariances), exact, 1e-9)
+    weights, means, variances = fid.fit_gmm(train, 4, diagonal=True)  # the modes as they were made
+    nearest = torch.cdist(modes.double(), means).min(1)
+    assert nearest.values.max() < 0.2 and nearest.indices.sort().values.tolist() == [0, 1, 2, 3]
+    close(variances, torch.ones(4, 3) + 1e-3, 0.15)
+    exact = torch.distributions.MultivariateNormal(means, torch.diag_embed(variances)).log_prob(val.double()[:, None])
+    close(fid.gmm_log_prob(val.double(), weights, means, variances), exact + weights.log(), 1e-9)
+    assert fid.gmm_nll_curve(train, val, 3, (4,), diagonal=True)[4] == pytest.approx(curve[4], abs=0.01)
+
+def test_neighbours_on_the_sphere_and_ambiguous_velocities():
+    a, b = torch.eye(3)[:2]
+    close(fid.interpolate(a[None], b[None])[0], (a + b) / 2**0.5)  # slerp of orthogonal vectors
+    close(fid.interpolate(2 * a[None], a[None])[0], 1.5 * a)  # linear where the angle is 0
+    z = torch.cat([torch.randn(500, 16), torch.randn(10, 16) / 10 + 5])  # the ten nearest, by cosine
+    v = torch.full((2000, 16), 5.0)
+    mixed = fid.interpolate(v, z)
+    assert len(mixed.unique(dim=0)) == 10 and F.cosine_similarity(mixed, v).min() > 0.99
+
+    m, t = 0.8, 0.6  # two points: Var[x | x_t] = 4 m^2 p (1 - p)
+    x_t = torch.linspace(-6, 6, 20_001).double()
+    density = torch.stack([(-((x_t - (1 - t) * s * m) ** 2) / (2 * t**2)).exp() for s in (-1, 1)])
+    p = density[0] / density.sum(0)
+    exact = (4 * m**2 * p * (1 - p) * density.sum(0)).sum() / density.sum() / t**2
+    points = torch.tensor([[-m], [m]])
+    assert fid.velocity_variance(points, t, 200_000) == pytest.approx(exact.item(), rel=0.01)
+    assert fid.velocity_variance(points, 0.05) < 1e-9  # nothing is ambiguous near the data
 
 def test_muon_is_torchs_and_the_learning_rate_follows_its_schedule():
     """Matrices of a shape orthogonalised together give what torch does one by one, up to bf16; its state, too."""
@@ -1491,7 +1516,9 @@ def test_the_four_scripts_write_what_they_say(chain):
     assert json.loads(str(z["meta"])).items() >= {"data": "shapes", "size": 16, "training_steps": 10}.items()
     call(f"fid latents {chain}/tokenizer/stage1.pt {chain}/tokenizer/ckpt.pt --out l")
     one, two = content_of("l/analysis.json")["rows"].values()
+    assert one.pop("ifd_classifier") > two.pop("ifd_classifier") > 0
     assert one == two and len(one["mixture_nll_per_dimension"]) == 6  # stage 2 does not touch the latents
+    assert one["velocity_variance"]["0.3"] < one["velocity_variance"]["0.7"]
     folder, state = chain / "diffusion/latents", torch.load(chain / "diffusion/ckpt.pt")
     z = np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))]).astype(np.float64)
     x = (z - state["mean"]) / state["std"]
@@ -2166,8 +2193,8 @@ SMALL = {"tokenizer.py": [*TINY_FLAGS["tokenizer"], "--steps=6", "--stage2-steps
 FEW = SMALL | {"tokenizer.py": [*SMALL["tokenizer.py"], "--data=few", "--size=4", "--patch=2"]}  # a new cache: less to put there
 EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HERE
     "common": ["--help"],
-    "finding": [f"""--out f --kinds mae_hog --seeds 0 --keep-every 2 --dims 8 --jobs 1 --args '{json.dumps(SMALL)}'""",
-                "--table HERE/results/finding --out finding", "--table HERE/results/finding_long --out finding_long"],
+    "finding": [f"""--out f --kinds mae_hog --seeds 0 --dims 8 --jobs 1 --args '{json.dumps(SMALL)}'""",
+                "--table bank --out bank/table", "--table HERE/results/finding --out finding", "--table HERE/results/finding_long --out finding_long"],
     "default_record": [f"a=HERE --out o --args '{json.dumps(FEW)}'"],
     "official_step": ["""--kinds 'ours, eager' --rounds 2 --batch 2 2 --sit 24 1 2 --json o.json
                       --model '{"size":32,"width":24,"heads":2,"depth":1}'"""],
@@ -2186,14 +2213,23 @@ def test_experiments_run(path, chain, made_weights):
     cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     pin = partial(os.sched_setaffinity, 0, [cores[worker % len(cores)]])  # two threads would wait for a core of others
     for line in EXPERIMENTS[path.stem]:
+        for i, kind in enumerate(("ae", "hog_mask_20_60", "hog_depth_1", "mae_hog") if "bank" in line else ()):
+            row = content_of("f/table/mae_hog-0.json") | {"kind": kind, "linear_probe": i, "ifd_classifier": -i}  # whose gFD rises
+            ONE.save(Path(f"bank/{kind}-0.json"), row | {"samples": row["samples"] | {"fd_classifier": i + 1.0}})
         line = line.replace("CHAIN", str(chain)).replace("WEIGHTS", str(made_weights)).replace("HERE", str(HERE))
         command = [sys.executable, path, *shlex.split(line)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=pin)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert path.stem != "finding" or "| -1.00 | -1.00 to -1.00 |" in Path("bank/table/predictors.md").read_text()
     lines = [content_of(made) for made in Path().glob("o/gpu_*.json")]
     assert len(lines) == 8 * (path.stem == "gpu") and all(line["whole"] and line["rows"] for line in lines)
-    for made in Path().glob("finding*/table.md"):  # the tables in results/ are those that their runs make
+    for made in Path().glob("finding*/*.md"):  # the tables in results/ are those that their runs make
         assert made.read_text() == (HERE / "results" / made).read_text()
+        rows = [content_of(path) for path in made.parent.glob("*.json")]
+        means = [[np.mean([value(row) for row in rows if row["kind"] == kind]) for kind in {row["kind"] for row in rows}]
+                 for value in (lambda row: row["linear_probe"], lambda row: row["samples"]["fd_classifier"])]
+        line = re.search("linear probe, % .*", made.read_text())[0]
+        assert made.stem == "table" or f"{scipy.stats.spearmanr(*means).statistic:+.2f}" == line.split("|")[1].strip()
 
 @pytest.mark.bookkeeping
 def test_budgets_and_what_the_readme_counts_and_quotes():

@@ -79,7 +79,9 @@ def figure(path, panels: dict, x: str, y: str, style: str = "o-", scale="linear"
     for ax, (title, curves) in zip(axes[0], panels.items()):
         for name, points in curves.items():
             ax.plot(*points, style, label=name)
-        ax.set(title=title, xlabel=x, ylabel=y, xscale=scale)
+        ax.set(title=title, xlabel=x, ylabel=y)
+        if scale != "linear":  # setting that would lose names on the axis
+            ax.set_xscale(scale)
     ax.legend(fontsize=8)
     plot.tight_layout()
     plot.savefig(path, dpi=110)

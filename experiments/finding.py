@@ -1,12 +1,15 @@
-"""The paper's ablation at a small size: several tokenizers, the same generator on each, several seeds.
+"""The paper's ablations at a small size: tokenizers, the same generator on each, several seeds.
 
     python experiments/finding.py --out out/finding --jobs 2
+    python experiments/finding.py --out out/finding --kinds hog_depth_1 hog_depth_6 --seeds 0
     python experiments/finding.py --table out/finding      # table of the runs that are there
     python experiments/finding.py --table results/finding  # the same from the JSON files
 
+Which number of a tokenizer tells how well a generator will do on it? predictors.md answers.
+
 A run is a folder KIND-SEED. A command whose result is there is skipped, so the same command goes on
 after a stop. If a command fails, its log file is named and the other runs go on. At the end OUT/table
-holds table.md, a JSON file per run, samples.png, and figures by matplotlib.
+holds table.md, predictors.md, a JSON file per run, samples.png, and figures by matplotlib.
 """
 import functools
 import json
@@ -17,8 +20,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import figure, make_parser, read_json, read_log, run_script, write_json
+from scipy.stats import rankdata
 
 from data import save_grid
+
+# Flags of each kind of tokenizer, after those of all
+KINDS = {kind: f"--preset {kind}" for kind in ("ae", "vae", "mae_pixel", "mae_hog", "mae_teacher")}
+KINDS |= {
+    "vae_strong": "--preset vae --kl 1e-4",
+    "hog_mask_0": "--mask-min 0 --mask-max 0", "hog_mask_0_60": "--mask-min 0 --mask-max 0.6",
+    "hog_mask_20_60": "--mask-min 0.2 --mask-max 0.6", "hog_mask_60_80": "--mask-min 0.6 --mask-max 0.8",
+    "hog_depth_0": "--aux-depth 0", "hog_depth_1": "--aux-depth 1", "hog_depth_6": "--aux-depth 6",
+    "hog_stage1": "--stage2-steps 0"}  # its steps are those of both stages
+# Sweeps: x, kind, gFID of the paper or 0 (256 px ImageNet, SiT-L; depth: with all targets)
+SWEEPS = {
+    "mask ratio, %": [("0", "hog_mask_0", 0), ("0-60", "hog_mask_0_60", 24.15), ("20-60", "hog_mask_20_60", 20.35),
+                      ("40-60", "mae_hog", 17.18), ("60-80", "hog_mask_60_80", 0)],
+    "auxiliary layers": [("0", "hog_depth_0", 6.98), ("1", "hog_depth_1", 6.43), ("3", "mae_hog", 5.78),
+                         ("6", "hog_depth_6", 7.12)]}
 
 # Rows of the table: path in the JSON file of a run, digits, factor
 MEASURES = {
@@ -38,29 +57,34 @@ MEASURES = {
     "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
     "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
+    "latents: the same, 100 diagonal": ("diagonal_mixture_nll_per_dimension.100", 3, 1),
+    "latents: distance of interpolations": ("ifd_classifier", 2, 1),
+    "latents: variance of the velocity, t = 0.3": ("velocity_variance.0.3", 4, 1),
+    "latents: variance of the velocity, t = 0.5": ("velocity_variance.0.5", 4, 1),
+    "latents: variance of the velocity, t = 0.7": ("velocity_variance.0.7", 4, 1),
 }
+GFD = ("samples.fd_classifier", "samples_guided.fd_classifier")
+PREDICTORS = [name for name in MEASURES if name.startswith(("latents", "recon", "diffusion"))]
+SHOWN = ("reconstruction: rFD, stage 2", "latents: linear probe, %", "latents: distance of interpolations",
+         "latents: the same, 100 diagonal", "latents: variance of the velocity, t = 0.5")
 PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json",
          "stage1/metrics.json", "guided/metrics.json")
 
 def commands(at: Path, kind: str, seed: int, cfg):
     """The commands of one run, in order: (result file, script, arguments)."""
     tokenizer, model = at / "tokenizer/ckpt.pt", at / "diffusion/ckpt.pt"
-    args = ["--preset", kind, "--steps", cfg.steps, "--stage2-steps", cfg.stage2_steps]
+    steps = cfg.steps + cfg.stage2_steps * (kind == "hog_stage1")
+    args = ["--steps", steps, "--stage2-steps", cfg.stage2_steps, *KINDS[kind].split()]
     yield PARTS[0], "tokenizer.py", [*args, "--seed", seed, "--out", at / "tokenizer"]
 
     args = ["latents", tokenizer, "--dims", cfg.dims]
     yield PARTS[1], "fid.py", [*args, "--out", at / "analysis"]
 
     args = ["--tokenizer", tokenizer, "--steps", cfg.diffusion_steps, "--guidance", 1]
-    args += ["--keep-every", cfg.keep_every]
     yield PARTS[2], "diffusion.py", [*args, "--seed", seed, "--out", at / "diffusion"]
 
     stage1 = ["--model", model, "--tokenizer", at / "tokenizer/stage1.pt", "--guidance", 1]
-    samples = {"stage1": stage1, "guided": ["--model", model]}
-    for step in (cfg.keep_every, 2 * cfg.keep_every):
-        early = model.with_name(f"step-{step}.pt")
-        samples[f"step-{step}"] = ["--model", early, "--guidance", 1]
-    for name, args in samples.items():
+    for name, args in {"stage1": stage1, "guided": ["--model", model]}.items():
         file = f"{name}/samples.npz"
         yield file, "sample.py", [*args, "--seed", seed, "--out", at / name]
         yield f"{name}/metrics.json", "fid.py", ["--samples", at / file]
@@ -75,7 +99,7 @@ def run(kind: str, seed: int, cfg) -> None:
             run_script(script, *args, *more, log=at / "log.txt", OMP_NUM_THREADS="1")
 
 def run_all(cfg) -> None:
-    names = ("steps", "stage2_steps", "diffusion_steps", "keep_every", "dims", "args")
+    names = ("steps", "stage2_steps", "diffusion_steps", "dims", "args")
     settings, path = {name: getattr(cfg, name) for name in names}, cfg.table / "settings.json"
     if path.exists() and read_json(path) != settings:
         sys.exit(f"finding.py: {cfg.table} was made with {read_json(path)}; give another --out")
@@ -99,24 +123,20 @@ def collect(folder: Path) -> dict:
     kind, _, seed = folder.name.rpartition("-")
     tokenizer, analysis, diffusion, stage1, guided = (read_json(folder / part) for part in PARTS)
     (latents,) = analysis["rows"].values()
-    samples, steps = diffusion["rows"]["samples"], diffusion["steps"]
-    by_step = {steps: samples["fd_classifier"]}
-    for path in folder.glob("step-*/metrics.json"):
-        by_step[int(path.parent.name[5:])] = read_json(path)["samples"]["fd_classifier"]
-
-    setup = some(tokenizer, "steps", "stage2_steps", "precision") | some(latents, "data", "latents")
-    setup |= {
-        "diffusion_steps": steps, "dimensions": analysis["dimensions"], "images": samples["images"],
+    samples = diffusion["rows"]["samples"]
+    setup = some(tokenizer, "precision") | some(latents, "data", "latents") | {
+        "steps": tokenizer["steps"] + tokenizer["stage2_steps"], "diffusion_steps": diffusion["steps"],
+        "dimensions": analysis["dimensions"], "images": samples["images"],
         "sampling": {k: v for k, v in diffusion["sampling"].items() if k != "seed"},
-        "guided": guided["sampling"]["guidance"], "scored_at_steps": sorted(by_step)}
-    latents = some(latents, "dimensions_for_90_percent", "mixture_nll_per_dimension")
+        "guided": guided["sampling"]["guidance"]}
+    latents = some(latents, "dimensions_for_90_percent", "mixture_nll_per_dimension", "ifd_classifier",
+                   "diagonal_mixture_nll_per_dimension", "velocity_variance")
     return some(tokenizer, "stage1", "stage2", "linear_probe") | latents | {
         "kind": kind, "seed": int(seed), "setup": setup, "samples": samples,
         "samples_guided": guided["samples"], "samples_stage1": stage1["samples"],
         "commit": [part["commit"] for part in (tokenizer, diffusion, guided)],
         "real_validation_images": diffusion["rows"]["real validation images"],
-        "diffusion_loss": read_log(folder / "diffusion/log.jsonl")[-1]["loss"],
-        "fd_classifier_by_step": {str(step): by_step[step] for step in sorted(by_step)}}
+        "diffusion_loss": read_log(folder / "diffusion/log.jsonl")[-1]["loss"]}
 
 def read_runs(folder: Path) -> list[dict]:
     """The rows of a folder of runs, or of a folder with their JSON files."""
@@ -140,33 +160,63 @@ def read_runs(folder: Path) -> list[dict]:
             sys.exit(f"finding.py: {both} were made with other settings: {settings}")
     return rows
 
+def values_of(rows: list[dict], key: str) -> np.ndarray:
+    """What each run holds at a path like "samples.fd_classifier"; nan if it lacks it."""
+    found = [functools.reduce(lambda at, name: at.get(name, {}), key.split(".", 1), row) for row in rows]
+    return np.array([np.nan if value == {} else value for value in found], float)
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's, of each row of two arrays B x K; nan where all are equal."""
+    x, y = (rankdata(a, axis=1) - (a.shape[1] + 1) / 2 for a in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+
+def predictors(kinds: dict[str, list]) -> list[list[str]]:
+    """For each predictor its rank correlation with both gFD over the kinds, and bootstrap intervals."""
+    drawn = np.random.default_rng(0).integers(0, len(kinds), (2000, len(kinds)))
+    drawn[0], rows = np.arange(len(kinds)), []
+    for title in PREDICTORS:
+        x, *targets = (np.array([values_of(of, key).mean() for of in kinds.values()])[drawn]
+                       for key in (MEASURES[title][0], *GFD))
+        if len(kinds) > 3 and np.ptp(x[0]) > 0:  # not nan
+            rows.append([title])
+            for again in (rank_correlation(x, y) for y in targets):
+                low, high = np.nanpercentile(again, (2.5, 97.5))
+                rows[-1] += [f"{again[0]:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+    return rows
+
+def to_markdown(lines: list) -> str:
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]
+    return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]]) + "\n"
+
 def markdown(kinds: dict[str, list]) -> str:
-    """A row per measure: mean over the seeds ± standard deviation (n - 1)."""
+    """Mean over the seeds ± standard deviation (n - 1). A row per measure, or per kind if they are many."""
     lines = []
     for title, (key, digits, factor) in MEASURES.items():
         cells = [title]
         for rows in kinds.values():
-            found = [functools.reduce(lambda at, name: at.get(name, {}), key.split("."), row) for row in rows]
-            if {} in found:
+            values = factor * values_of(rows, key)
+            if np.isnan(values).any():
                 break
-            values = factor * np.array(found, float)
             spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}")
         else:
             lines.append(cells)
-    lines.append(["seeds", *(str(len(rows)) for rows in kinds.values())])
-    head = ["| | " + " | ".join(kinds) + " |", "|---" * (1 + len(kinds)) + "|"]
-    return "\n".join(head + [f"| {' | '.join(cells)} |" for cells in lines]) + "\n"
+    lines = [["", *kinds], *lines, ["seeds", *(str(len(rows)) for rows in kinds.values())]]
+    return to_markdown([*zip(*lines)] if len(kinds) > 6 else lines)
 
 def table(folder: Path, out: Path) -> None:
-    """Write table.md, a JSON file per run, and the figures."""
+    """Write table.md, predictors.md, a JSON file per run, and the figures."""
     rows = read_runs(folder)
     names = sorted({row["kind"] for row in rows}, key=lambda kind: (kind.startswith("mae"), kind))
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in names}
     for row in rows:
         write_json(out / f"{row['kind']}-{row['seed']}.json", row)
     (out / "table.md").write_text(markdown(kinds))
-    print(f"{markdown(kinds)}wrote {out}/table.md of {len(rows)} runs")
+    head, correlations = ["predictor", "with gFD", "95 %", "with gFD, guided", "95 %"], predictors(kinds)
+    if correlations:
+        (out / "predictors.md").write_text(to_markdown([head, *correlations]))
+    print(f"{markdown(kinds)}\n{to_markdown([head, *correlations])}wrote {out}/table.md of {len(rows)} runs")
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
     samples = {kind: np.load(path)["arr_0"][:10] for kind, path in paths.items() if path.exists()}
@@ -181,24 +231,37 @@ def table(folder: Path, out: Path) -> None:
 
     points = {kind: ([100 * row["linear_probe"] for row in of],
                      [row["samples"]["fd_classifier"] for row in of]) for kind, of in kinds.items()}
-    nll, steps = means("mixture_nll_per_dimension"), means("fd_classifier_by_step")
-    gfd, mean = "gFD without guidance", "mean of the seeds"
+    panels, gfd = {"full covariances": means("mixture_nll_per_dimension")}, "gFD without guidance"
+    if all("velocity_variance" in row for row in rows):  # runs of today's code
+        panels["diagonal covariances, as released"] = means("diagonal_mixture_nll_per_dimension")
     figure(out / "probe.png", {"": points}, "linear probe of the latents, %", gfd, "o")
-    figure(out / "mixtures.png", {"": nll}, "Gaussians in the mixture",
-           f"held-out NLL per dimension, {mean}", scale="log")
-    figure(out / "training.png", {"": steps}, "training steps of the generator", f"{gfd}, {mean}")
+    figure(out / "mixtures.png", panels, "Gaussians in the mixture", "held-out NLL per dimension", scale="log")
+
+    score = {kind: values_of(of, GFD[0]).mean() for kind, of in kinds.items()}
+    clouds = {title: {kind: (values_of(of, MEASURES[title][0]).mean(), score[kind]) for kind, of in kinds.items()}
+              for title, *_ in correlations if title in SHOWN}
+    if clouds:
+        figure(out / "predictors.png", clouds, "", gfd, "o")
+    panels = {}
+    for title, points in SWEEPS.items():
+        paper = {kind: gfid for _, kind, gfid in points if gfid}
+        points = [(x, kind) for x, kind, _ in points if kind in score]
+        panels[title] = {
+            "here: gFD": ([x for x, _ in points], [score[kind] / score["mae_hog"] for _, kind in points]),
+            "the paper: gFID": ([x for x, kind in points if kind in paper],
+                                [paper[kind] / paper["mae_hog"] for _, kind in points if kind in paper])}
+    if {"hog_mask_20_60", "hog_depth_1", "mae_hog"} <= score.keys():
+        figure(out / "sweeps.png", panels, "", "gFD or gFID, the default is 1")
 
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, help="folder of the runs, or with --table of the table")
-    kinds = ["mae_hog", "ae", "mae_teacher", "vae", "mae_pixel"]
-    add("--kinds", nargs="+", default=kinds, help="presets")
+    add("--kinds", nargs="+", default=list(KINDS)[:5], choices=KINDS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=1300, help="steps of stage 1")
     add("--stage2-steps", type=int, default=800, help="steps of stage 2")
     add("--diffusion-steps", type=int, default=400, help="steps of the generator")
-    add("--keep-every", type=int, default=100, help="score it also after one and two times these")
     add("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     add("--dims", type=int, default=64, help="dimensions in which mixtures are fitted")
     add("--args", type=json.loads, default={}, help='more flags: {"sample.py": ["--steps", 5]}')
