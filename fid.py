@@ -622,7 +622,7 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     net = Classifier(len(images.classes)).to(dist.device)
     if dist.is_main:
         if not path.exists():
-            dist.print("training a small classifier, once for this data set")
+            dist.print("training a small classifier that scores images, once for this data set")
             trained = train_classifier(images, dist.alone(), seed)
             _, (trained.mean, trained.cov) = trained.score(images, dist=dist.alone())
             dist.save(path, {"model": trained.state_dict()})

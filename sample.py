@@ -60,7 +60,7 @@ def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, prese
         if not any(name.isdigit() for name in classes):  # else a missing name would be a number
             numbers |= {str(i): i for i in range(len(classes))}
         if unknown := [word for word in rule.split(",") if word not in numbers]:
-            die(f"--labels {rule}: {unknown[0]!r} is none of the classes {', '.join(classes[:20])}")
+            die(f"--labels {rule}: {unknown[0]!r} is none of the classes: {', '.join(classes[:20])}")
         chosen = [numbers[word] for word in rule.split(",")]
     return draw_labels(rule, chosen, n, dist, seed)
 

@@ -8,7 +8,7 @@ auxiliary decoders predict features (here HOG) of the masked patches. Stage 2 (S
 decoder while the mask ratio falls to 0. Masking, not a KL term, gives the latents structure.
 
 Letters: B images, N patch tokens, L latent tokens, T all tokens, D width, d width of a head,
-H latent channels, P patch size, S image size.
+H latent channels, P patch size, S image size. "As released": as in the code of the authors.
 """
 import hashlib  # noqa: I001
 import json
@@ -47,7 +47,7 @@ class ModelConfig:
     width: int = positive(192, "width D of encoder and decoder")
     depth: int = positive(3, "layers of each")
     heads: int = positive(3, "attention heads")
-    decoder: str = option("plain", "Eq. 5; modulated: as released", ("plain", "modulated"))
+    decoder: str = option("plain", "plain: Eq. 5; modulated: as released", ("plain", "modulated"))
     dec_width: int = 0  # 0: that of the encoder, also below
     dec_depth: int = 0
     dec_heads: int = 0
@@ -77,7 +77,7 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, g * patch, g * patch)
 
 def init_rope_freqs(depth: int, heads: int, width: int) -> Tensor:
-    """RoPE-Mixed: frequencies along x and y, 2 x depth x heads*d/2."""
+    """RoPE-Mixed (Heo 2024): frequencies along x and y, 2 x depth x heads*d/2."""
     d = width // heads
     magnitude = 10.0 ** (-torch.arange(0, d, 4).float() / d)  # d/4
     angle = 2 * math.pi * torch.rand(depth, heads, 1, 1)  # each head has its own orientation
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, channels: int = 0):
         super().__init__()
-        norm = partial(nn.LayerNorm, width, 1e-6, not channels)
+        norm = partial(nn.LayerNorm, width, 1e-6, elementwise_affine=not channels)
         self.norm1, self.attn = norm(), Attention(width, heads)
         self.norm2, self.mlp = norm(), Mlp(width)
         if channels:
@@ -345,7 +345,8 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Negative cosine similarity: the released code's loss for teachers."""
     return masked_mean(-F.cosine_similarity(prediction.float(), target, dim=-1), mask)
 
-# features(images) -> B x N x width: what an auxiliary decoder predicts
+# What an auxiliary decoder predicts. features(images B x 3 x S x S in [-1, 1]) -> B x N x width,
+# of scale about 1, as all targets have one weight
 Target = namedtuple("Target", "width features loss")
 
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
@@ -404,7 +405,7 @@ class Config(ModelConfig):
     dinov2: str = "vitl14"  # or vits14, vitb14, or with _reg4
     siglip: str = "large-patch16-256"  # or so400m-patch14-224
     teacher_loss: str = "cosine"  # of dinov2, siglip, classifier; "mse": Eq. 8
-    aux_weight: float = option(1.0, "weight of each target (Eq. 8)")
+    aux_weight: float = option(1.0, "weight of targets, one for all (Eq. 8)")
     lpips: float = option(0.0, "weight of LPIPS-VGG (lambda 1 of Eq. 6)")
     lpips_warmup: int = 0  # steps over which that weight rises
     adversary: str = option("none", "discriminator on DINO features", ("none", "dino"))
@@ -524,10 +525,11 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             x = random_crop(x, cfg.size, batch, mine, rng)
 
         # The mask: one ratio for the whole batch
-        stream, ratio = "mask, stage 2", cfg.mask_max * (1 - step / max(1, steps - 1))
         if stage == 1:
             rng = dist.rng(cfg.seed, "mask ratio", step)
             stream, ratio = "mask", sample_mask_ratio(cfg.mask_min, cfg.mask_max, rng)
+        else:
+            stream, ratio = "mask, stage 2", cfg.mask_max * (1 - step / max(1, steps - 1))
         mask = random_mask(batch, n, ratio, dist.generator(cfg.seed, stream, step))[mine]  # B x N
         inputs = [x, mask]
         if cfg.kl and stage == 1:  # noise for the latents of a VAE
@@ -536,7 +538,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             inputs.append(torch.randn(shape, generator=generator, device=x.device)[mine])
 
         terms, recons = {}, []
-        for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share of the rows
+        for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share: of x
             with dist.autocast():
                 out = net(*(rows[micro] for rows in inputs))
                 # Eq. 6. We detach the reconstruction. Each image loss gives a gradient at the

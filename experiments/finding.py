@@ -5,7 +5,8 @@
     python experiments/finding.py --table out/finding      # table of the runs that are there
     python experiments/finding.py --table results/finding  # the same from the JSON files
 
-Which number of a tokenizer tells how well a generator will do on it? predictors.md answers.
+Which number of a tokenizer tells how well a generator will do on it? predictors.md answers, from
+four kinds on.
 
 A run is a folder KIND-SEED. A command whose result is there is skipped, so the same command goes on
 after a stop. If a command fails, its log file is named and the other runs go on. At the end OUT/table
@@ -154,10 +155,10 @@ def read_runs(folder: Path) -> list[dict]:
 
     first = rows[0]
     for row in rows:
-        if row["setup"] != first["setup"]:
+        names = [k for k in first["setup"] | row["setup"] if first["setup"].get(k) != row["setup"].get(k)]
+        if names:
             both = f"{row['kind']}-{row['seed']} and {first['kind']}-{first['seed']}"
-            settings = f"{row['setup']}, {first['setup']}"
-            sys.exit(f"finding.py: {both} were made with other settings: {settings}")
+            sys.exit(f"finding.py: {both} were made with other {', '.join(names)}")
     return rows
 
 def values_of(rows: list[dict], key: str) -> np.ndarray:
@@ -257,10 +258,10 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, help="folder of the runs, or with --table of the table")
-    add("--kinds", nargs="+", default=list(KINDS)[:5], choices=KINDS)
+    add("--kinds", nargs="+", default=list(KINDS)[:5], choices=KINDS, help="lines of KINDS")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=1300, help="steps of stage 1")
-    add("--stage2-steps", type=int, default=800, help="steps of stage 2")
+    add("--steps", type=int, default=2250, help="steps of stage 1")
+    add("--stage2-steps", type=int, default=1100, help="steps of stage 2")
     add("--diffusion-steps", type=int, default=400, help="steps of the generator")
     add("--jobs", type=int, default=2, help="runs at a time, with one thread each")
     add("--dims", type=int, default=64, help="dimensions in which mixtures are fitted")
