@@ -313,11 +313,13 @@ def hog(x: Tensor, patch: int, cell: int = 0, window: int = -1) -> Tensor:
     """
     cell, window = cell or patch // 2, patch if window < 0 else window
     b, c, s, _ = x.shape
-    slope = 1 - torch.arange(3.0, device=x.device)  # 1, 0, -1
-    sobel = torch.outer(2 - slope.abs(), slope)
-    sobel = torch.stack([sobel, sobel.T])[:, None].repeat(c, 1, 1, 1)  # 6 x 1 x 3 x 3
     padded = F.pad(x.float(), (1, 1, 1, 1), "reflect")
-    gx, gy = F.conv2d(padded, sobel, groups=c).unflatten(1, (c, 2)).unbind(2)
+    gx, gy, slope, smooth = 0, 0, (1, 0, -1), (1, 2, 1)
+    # Sobel's filters, not conv2d: each machine adds in this order, or a bin may change by rounding
+    for i, j in np.ndindex(3, 3):
+        shifted = padded[..., i:i + s, j:j + s]
+        gx = gx + smooth[i] * slope[j] * shifted
+        gy = gy + slope[i] * smooth[j] * shifted
     magnitude = torch.hypot(gx, gy)  # B x 3 x S x S
     if window:  # a Gaussian, tiled over the image
         at = torch.arange(window, device=x.device) - (window - 1) / 2
