@@ -2235,10 +2235,10 @@ def test_experiments_run(path, chain, made_weights):
 def test_budgets_and_what_the_readme_counts_and_quotes():
     """Lines, bytes, imported names; the README's line counts; each of its Python blocks is code that is there."""
     sources = {path.stem: path.read_text().splitlines() for path in HERE.glob("*.py")}
-    assert sources.keys() == {*STAGES, "test_all"} and len(sources["test_all"]) <= 2255
-    assert sum(len(sources[name]) for name in STAGES) <= 3490
-    assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 182_900
-    assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 1090
+    assert sources.keys() == {*STAGES, "test_all"} and len(sources["test_all"]) <= 2295
+    assert sum(len(sources[name]) for name in STAGES) <= 3550
+    assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 186_800
+    assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 1155
     for name, source in sources.items():
         assert all(count <= {"data": 14, "fid": 9}.get(module, 99) for module, count in imports_of(name)), name
         counted = re.search(rf"\| \[{name}.py\].*?\| (\d+) \|", README)[1]

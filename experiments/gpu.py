@@ -33,7 +33,7 @@ import fid
 import tokenizer
 
 TINY, CUDA = "--tiny" in sys.argv, DEVICE.type == "cuda"
-BF16 = data.Dist(device=DEVICE, precision="bf16")
+FAST = data.Dist(device=DEVICE, precision="bf16" if CUDA else "fp32")
 
 def pick(full, tiny):
     return tiny if TINY else full
@@ -81,15 +81,15 @@ def loop(cfg):
         one = torch.ones(32, device=DEVICE)
         latents = diffusion.LatentSet(rows, torch.arange(n), np.arange(n), 0 * one, one)
         meta = {"shape": (128, 32), "classes": range(1000)}
-        return partial(diffusion.train, cfg, BF16, latents, meta, lambda model: None)
+        return partial(diffusion.train, cfg, FAST, latents, meta, lambda model: None)
     images = SimpleNamespace(
         rows=bench.pictures(n, cfg.size).permute(0, 2, 3, 1).cpu().numpy(), index=np.arange(n),
         labels=torch.arange(n), view=partial(data.ImageSet.view, None))
-    targets = {name: tokenizer.TARGETS[name](cfg, BF16, images) for name in cfg.target_names()}
+    targets = {name: tokenizer.TARGETS[name](cfg, FAST, images) for name in cfg.target_names()}
     model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
-    lpips = BF16.compiled(fid.load_lpips("", BF16), cfg.compile)
-    adversary = tokenizer.Adversary(cfg, BF16)
-    return partial(tokenizer.train, cfg, BF16, 1, model.to(DEVICE), images, targets, lpips,
+    lpips = FAST.compiled(fid.load_lpips("", FAST), cfg.compile)
+    adversary = tokenizer.Adversary(cfg, FAST)
+    return partial(tokenizer.train, cfg, FAST, 1, model.to(DEVICE), images, targets, lpips,
                    adversary, None)
 
 def train(preset: str, batch: int, compiled: bool, ceiling: float, then=lambda: None) -> dict:
@@ -192,8 +192,8 @@ def sampling(ceiling):
 
         def make(steps, sit=sit, net=net):
             how = diffusion.SamplerConfig("sde", steps, 1.5)
-            z = diffusion.generate(sit, range(n), torch.arange(n), how, BF16)
-            tokenizer.decode_images(net, z, BF16)
+            z = diffusion.generate(sit, range(n), torch.arange(n), how, FAST)
+            tokenizer.decode_images(net, z, FAST)
 
         short, long = (seconds(partial(make, steps), pick(3, 1), 1) for steps in (few, many))
         step = (long - short) / (many - few)
@@ -240,7 +240,7 @@ def measure(name: str, path: Path):
         torch.compile = partial(torch.compile, backend="eager")
         torch.nn.Module.compile = lambda net, **how: None
     ceiling = common.matmul_tflops(pick(8192, 512))
-    about = {"precision": "bf16", "seed": 0, "matmul_tflops": ceiling, "rows": rows}
+    about = {"precision": FAST.precision, "seed": 0, "matmul_tflops": ceiling, "rows": rows}
     about |= common.made_by(f"gpu.py {name}")
     for row, numbers in LINES[name](ceiling):
         rows[row] = numbers
