@@ -854,7 +854,7 @@ def make_optimizers(model: nn.Module, cfg, dist: Dist) -> list:
     optimizers = [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)]
     if muon:
         optimizers.append(Muon(muon, cfg.muon_lr, cfg.weight_decay))
-        if dist.precision == "bf16":  # takes 20 times as long where a machine has none
+        if dist.precision == "bf16":  # a core that has none would take 20 times as long
             optimizers[-1].dtype = torch.bfloat16
     return optimizers
 

@@ -523,7 +523,7 @@ def interpolate(v: Tensor, z: Tensor) -> Tensor:
         near = z[(F.normalize(a) @ unit.T).topk(min(10, len(z))).indices]  # B x 10 x D
         chance = (-(near - a[:, None]).square().mean(2)).softmax(1)  # B x 10
         drawn = torch.multinomial(chance, 1, generator=generator)[:, 0]  # B
-        b = near[torch.arange(len(a)), drawn]  # B x D
+        b = near[torch.arange(len(a), device=a.device), drawn]  # B x D
         cosine = F.cosine_similarity(a, b)[:, None]  # of the angle w
         parts.append((a + b) / (2 + 2 * cosine).sqrt())  # sin(w/2) / sin(w) = 1 / sqrt(2 + 2 cos(w))
     return torch.cat(parts)
@@ -816,14 +816,15 @@ def compare_latents(cfg: Config, dist: Dist):
         if len(train.classes) > 1:
             row["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
             row["probe_images"] = len(z), len(v)  # evenly spaced in large sets
-            judge, h = ClassifierFD(train, val, dist, cfg.out), interpolate(v, z).unflatten(1, shape)
-            mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
-            _, moments = judge.score(mixed)
-            row["ifd_classifier"] = frechet_distance(*moments, *judge.val_moments)
-            if cfg.features != "classifier":
-                net = load_inception(cfg.weights, dist, cfg.resize)
-                a, b = (inception_statistics(net, x, dist) for x in (mixed, val))
-                row["ifid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
+        h = interpolate(v, z).unflatten(1, shape)
+        mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
+        if len(train.classes) > 1 and cfg.features != "fid":
+            judge = ClassifierFD(train, val, dist, cfg.out)
+            row["ifd_classifier"] = frechet_distance(*judge.score(mixed)[1], *judge.val_moments)
+        if cfg.features != "classifier":
+            net = load_inception(cfg.weights, dist, cfg.resize)
+            a, b = (inception_statistics(net, x, dist) for x in (mixed, val))
+            row["ifid"] = frechet_distance(a["mu"], a["sigma"], b["mu"], b["sigma"])
 
     dims = cfg.dims or max(row["dimensions_for_90_percent"] for row in rows.values())
     dims = min(dims, *(z.shape[1] for z, _ in latents.values()))

@@ -540,7 +540,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             inputs.append(torch.randn(shape, generator=generator, device=x.device)[mine])
 
         terms, recons = {}, []
-        for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share: of x
+        for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share: its part of x
             with dist.autocast():
                 out = net(*(rows[micro] for rows in inputs))
                 # Eq. 6. We detach the reconstruction. Each image loss gives a gradient at the
