@@ -176,10 +176,10 @@ def predictors(kinds: dict[str, list]) -> list[list[str]]:
     """For each predictor its rank correlation with both gFD over the kinds, and bootstrap intervals."""
     drawn = np.random.default_rng(0).integers(0, len(kinds), (2000, len(kinds)))
     drawn[0], rows = np.arange(len(kinds)), []
-    for title in PREDICTORS:
+    for title in PREDICTORS if len(kinds) > 3 else ():
         x, *targets = (np.array([values_of(of, key).mean() for of in kinds.values()])[drawn]
                        for key in (MEASURES[title][0], *GFD))
-        if len(kinds) > 3 and np.ptp(x[0]) > 0:  # not nan
+        if np.ptp(x[0]) > 0:  # not nan
             rows.append([title])
             for again in (rank_correlation(x, y) for y in targets):
                 low, high = np.nanpercentile(again, (2.5, 97.5))
@@ -214,10 +214,13 @@ def table(folder: Path, out: Path) -> None:
     for row in rows:
         write_json(out / f"{row['kind']}-{row['seed']}.json", row)
     (out / "table.md").write_text(markdown(kinds))
-    head, correlations = ["predictor", "with gFD", "95 %", "with gFD, guided", "95 %"], predictors(kinds)
+    print(markdown(kinds))
+    correlations = predictors(kinds)
     if correlations:
-        (out / "predictors.md").write_text(to_markdown([head, *correlations]))
-    print(f"{markdown(kinds)}\n{to_markdown([head, *correlations])}wrote {out}/table.md of {len(rows)} runs")
+        text = to_markdown([["predictor", "with gFD", "95 %", "with gFD, guided", "95 %"], *correlations])
+        (out / "predictors.md").write_text(text)
+        print(text)
+    print(f"wrote {out}/table.md of {len(rows)} runs")
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
     samples = {kind: np.load(path)["arr_0"][:10] for kind, path in paths.items() if path.exists()}
