@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -38,6 +39,7 @@ import scipy.linalg
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("MAETOK_TEST_GPU", "")  # before torch: the tests are for the CPU,
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and threads of several processes hinder each other
 import torch
+import torch._dynamo  # each optimizer asks for it: here once, not in each process that runs a script
 import torch.distributed.run
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -550,6 +552,22 @@ def forked(run, env, cwd, said, limit):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     run()
+
+def as_main(path, *words):
+    """What `python PATH WORDS` does, and the scripts that it starts, in processes that have torch already."""
+    sys.argv, sys.path[:] = [path, *words], [str(Path(path).parent), *(p for p in sys.path if p != str(HERE))]
+    start = subprocess.run
+
+    def run(command, **how):
+        at = command.index(sys.executable) + 1 if sys.executable in command else -1
+        if command[at].startswith("-") or at < 0:  # a module, or not Python
+            return start(command, **how)
+        said = getattr(how.get("stdout"), "name", "said")
+        child = FORK.Process(target=forked, args=(partial(as_main, *command[at:]), how["env"], ".", said, -1))
+        child.start()
+        return SimpleNamespace(returncode=child.join() or child.exitcode)
+    subprocess.run = run
+    runpy.run_path(path, run_name="__main__")
 
 def counting(run):
     """With graphs that are counted: generating code for them would take minutes."""
@@ -2209,16 +2227,14 @@ def test_experiments_run(path, chain, made_weights):
     if path.stem in ("finding", "samplers"):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     make_folder("few")
-    cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    pin = partial(os.sched_setaffinity, 0, [cores[worker % len(cores)]])  # two threads would wait for a core of others
     for line in EXPERIMENTS[path.stem]:
         for i, kind in enumerate(("ae", "hog_mask_20_60", "hog_depth_1", "mae_hog") if "bank" in line else ()):
             row = content_of("f/table/mae_hog-0.json") | {"kind": kind, "linear_probe": i, "ifd_classifier": -i}  # whose gFD rises
             ONE.save(Path(f"bank/{kind}-0.json"), row | {"samples": row["samples"] | {"fd_classifier": i + 1.0}})
         line = line.replace("CHAIN", str(chain)).replace("WEIGHTS", str(made_weights)).replace("HERE", str(HERE))
-        command = [sys.executable, path, *shlex.split(line)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=pin)
-        assert done.returncode == 0, done.stdout + done.stderr
+        child = FORK.Process(target=forked, args=(partial(as_main, str(path), *shlex.split(line)), {**os.environ}, ".", "said", -1))
+        child.start()
+        assert (child.join() or child.exitcode) == 0, Path("said").read_text()
     assert path.stem != "finding" or "| -1.00 | -1.00 to -1.00 |" in Path("bank/table/predictors.md").read_text()
     lines = [content_of(made) for made in Path().glob("o/gpu_*.json")]
     assert len(lines) == 8 * (path.stem == "gpu") and all(line["whole"] and line["rows"] for line in lines)

@@ -129,7 +129,7 @@ def train(preset: str, batch: int, compiled: bool, ceiling: float, then=lambda: 
 def tests(ceiling):
     """Output and gradient against fp32 on the CPU, relative; then the tests."""
     cfg = config("imagenet256", depth=pick(2, 1))
-    x = bench.pictures(2, cfg.size)
+    x = bench.pictures(pick(2, 1), cfg.size)
     sit = diffusion.SiT(8, 4, 10, *pick((1152, 2, 16), (24, 1, 2)))
     nets = {"tokenizer": (tokenizer.Tokenizer(cfg), data.to_float(x)),
             "sit": (sit, torch.randn(2, 8, 4), torch.rand(2), torch.arange(2)),
@@ -203,7 +203,7 @@ def sampling(ceiling):
                                    "tflops": tflops, "share_of_matmul": tflops / ceiling}
 
 def fid_speed(ceiling):
-    n, rounds = pick((4096, 3), (4, 1))
+    n, rounds = pick((4096, 3), (1, 1))
     yield from bench.fid_speed(SimpleNamespace(weights="", batch=n, rounds=rounds)).items()
 
 def quick(ceiling):
@@ -239,7 +239,7 @@ def measure(name: str, path: Path):
     if TINY:  # a CPU may have no compiler
         torch.compile = partial(torch.compile, backend="eager")
         torch.nn.Module.compile = lambda net, **how: None
-    ceiling = common.matmul_tflops(pick(8192, 512))
+    ceiling = common.matmul_tflops(pick(8192, 64))
     about = {"precision": FAST.precision, "seed": 0, "matmul_tflops": ceiling, "rows": rows}
     about |= common.made_by(f"gpu.py {name}")
     for row, numbers in LINES[name](ceiling):
