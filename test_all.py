@@ -559,7 +559,8 @@ def forking(command, start=subprocess.run, **how):
     if not at or command[at].startswith("-"):  # a module, or not Python
         return start(command, **how)
     said = getattr(how.get("stdout"), "name", "said")
-    child = FORK.Process(target=forked, args=(partial(as_main, *command[at:]), how["env"], ".", said, -1))
+    fork = FORK if subprocess.run is start else multiprocessing.get_context("fork")
+    child = fork.Process(target=forked, args=(partial(as_main, *command[at:]), how["env"], ".", said, -1))
     child.start()
     return SimpleNamespace(returncode=child.join() or child.exitcode)
 
@@ -567,6 +568,7 @@ def as_main(path, *words):
     subprocess.run = forking
     sys.argv, sys.path[:] = [path, *words], [str(Path(path).parent), *(p for p in sys.path if p != str(HERE))]
     runpy.run_path(path, run_name="__main__")
+    os._exit(sys.stdout.flush() or 0)  # a child of a pool's thread would wait for that thread
 
 def counting(run):
     """With graphs that are counted: generating code for them would take minutes."""
@@ -1703,8 +1705,7 @@ def test_fid_command_line(made_weights, cache):
     np.savez("a.npz", arr_0=a)
     np.savez_compressed("b.npz", arr_0=b)
     Path("folder").mkdir()
-    for i, pixels in enumerate(b):
-        Image.fromarray(pixels).save(f"folder/{i:02d}.png")
+    [Image.fromarray(pixels).save(f"folder/{i}.png") for i, pixels in enumerate(b)]
     flags = f"--weights {made_weights} --batch-size 5 --resize pytorch-fid --out"
     script("fid stats folder", flags, "ref.npz", processes=2)
     z = content_of("ref.npz")
@@ -2195,7 +2196,6 @@ def test_help_shows_every_flag_without_the_modules_of_unix_and_imports_go_one_wa
 
 TINY_FLAGS = {name: [f"--{k.replace('_', '-')}={v}" for k, v in TINY[name].items()
                      if "help" in sys.modules[name].Config.__dataclass_fields__[k].metadata] for name in TINY}
-TOKENIZER = shlex.join(["tokenizer.py", *TINY_FLAGS["tokenizer"], "--steps=3", "--stage2-steps=3", "--precision=fp32"])
 SMALL = {"tokenizer.py": [*TINY_FLAGS["tokenizer"], "--steps=6", "--stage2-steps=4"],
          "diffusion.py": [*TINY_FLAGS["diffusion"], "--steps=6", "--samples=40"], "sample.py": ["--num-samples=40"]}
 FEW = SMALL | {"tokenizer.py": [*SMALL["tokenizer.py"], "--data=few", "--size=4", "--patch=2"]}  # a new cache: less to put there
@@ -2209,7 +2209,7 @@ EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HER
               "data --images 12 --batch 4 --rounds 2 --out o", "fid --weights WEIGHTS --batch 1 --rounds 1 --out o"],
     "gpu": ["all --tiny --out o"],
     "samplers": ["--model CHAIN/diffusion/ckpt.pt --num-samples 20 --samplers euler heun --steps 2 --guidance 1 --out o"],
-    "compare": [f"'tiny={TOKENIZER} --save-every=1' --processes 1 2 --out o"]}
+    "compare": [f"'tiny=tokenizer.py {shlex.join(SMALL['tokenizer.py'])} --precision=fp32' --processes 1 2 --out o"]}
 
 @pytest.mark.parametrize("path", [p for p in sorted((HERE / "experiments").glob("*.py")) if p.stem != "common"], ids=lambda p: p.stem)
 def test_experiments_run(path, chain, made_weights):
