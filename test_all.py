@@ -1846,12 +1846,12 @@ def test_nodes_without_a_shared_cache_have_one_classifier(cache, monkeypatch):
     one, two = (net.state_dict() for net in nets)
     assert not sent and one["mean"].any() and all(torch.equal(one[key], two[key]) for key in one)
 
-def test_files_are_read_ahead_on_as_many_threads_as_cores(monkeypatch):
+def test_files_are_read_on_as_many_threads_as_cores(monkeypatch):
     make_folder("x", 80, ("",))
     monkeypatch.setattr(os, "cpu_count", lambda: 40)
     images, decode, together = fid.open_set("x", 0, ONE)[0], fid.read_image, threading.Barrier(40)
     monkeypatch.setattr(fid, "read_image", lambda *args: (together.wait(30), decode(*args))[1])
-    _, x = next(fid.in_batches(images, ONE, 40))  # the second batch is read ahead: 40 threads meet, too
+    _, x = next(fid.in_batches(images, ONE, 40))  # and the second batch, ahead
     assert torch.equal(x, images[np.arange(40)])
 
 def test_an_npz_is_mapped_and_still_checked():
@@ -2215,7 +2215,7 @@ EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HER
 def test_experiments_run(path, chain, made_weights):
     make_folder("few")
     for line in EXPERIMENTS[path.stem]:
-        "samplers finding".count(path.stem) and pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        path.stem in ("finding", "samplers") and pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         for i, kind in enumerate(("ae", "hog_mask_20_60", "hog_depth_1", "mae_hog") if "bank" in line else ()):
             row = content_of("f/table/mae_hog-0.json") | {"kind": kind, "linear_probe": i, "ifd_classifier": -i}  # whose gFD rises
             ONE.save(Path(f"bank/{kind}-0.json"), row | {"samples": row["samples"] | {"fd_classifier": i + 1.0}})
