@@ -66,8 +66,7 @@ def golden(name: str) -> tuple[dict, dict, dict]:
 
 def goldens(family: str, pattern: str):
     """One case of a test per golden file."""
-    names = sorted(f"{family}/{p.stem}" for p in (GOLDENS / family).glob(pattern))
-    return pytest.mark.parametrize("name", names)
+    return pytest.mark.parametrize("name", sorted(f"{family}/{p.stem}" for p in (GOLDENS / family).glob(pattern)))
 
 def below(tensors: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): torch.as_tensor(v) for k, v in tensors.items() if k.startswith(prefix)}
@@ -600,8 +599,7 @@ def script(*line, cwd=".", fields=None, processes=1, torchrun=False, limit=-1, f
             child.start()
     if background:
         return children[0]
-    codes = {child.join(400) or child.exitcode for child in children}
-    assert codes == {int(fails)}, said.read_text()
+    assert {child.join(400) or child.exitcode for child in children} == {int(fails)}, said.read_text()
     return said.read_text()
 
 def call(*line, fields=None) -> None:
@@ -685,8 +683,7 @@ def kill_when(condition, process) -> None:
     process.join()
 
 def logged(folder: str, stage: str, step: int) -> bool:
-    log = Path(folder, "log.jsonl")
-    return log.exists() and f'{stage}", "step": {step},' in log.read_text()
+    return (log := Path(folder, "log.jsonl")).exists() and f'{stage}", "step": {step},' in log.read_text()
 
 # ---- All losses at once, with made weights
 
@@ -1430,11 +1427,12 @@ def test_a_cache_is_renewed_and_pixels_are_the_identity(cache):
     refused(both, "packed", 16, message="its format is another")
 
 def test_twenty_thousand_classes_are_listed_at_once(monkeypatch):
-    names, begin = [f"{i:05d}" for i in range(20_000)], time.process_time()
+    names = [f"{i:05d}" for i in range(20_000)]
     [Path("x", name).mkdir(parents=True) for name in names]
     monkeypatch.setattr(data, "find_images", lambda root: ([f"{root}/{name}/{i}.png" for name in names for i in "ab"], []))
+    begin = time.perf_counter()
     assert data.list_folder(Path("x")).classes == names
-    assert time.process_time() - begin < 5  # a search in a list takes longer
+    assert time.perf_counter() - begin < 3  # a search in a list takes longer
 
 def test_packing_that_is_cut_while_the_folder_changes_holds_one_listing(cache, monkeypatch):
     root, honest, count = make_folder("x", 100), data.read_image, itertools.count()
@@ -1846,13 +1844,16 @@ def test_nodes_without_a_shared_cache_have_one_classifier(cache, monkeypatch):
     one, two = (net.state_dict() for net in nets)
     assert not sent and one["mean"].any() and all(torch.equal(one[key], two[key]) for key in one)
 
-def test_files_are_read_on_as_many_threads_as_cores(monkeypatch):
+def test_files_are_read_ahead_on_as_many_threads_as_cores(monkeypatch):
     make_folder("x", 80, ("",))
     monkeypatch.setattr(os, "cpu_count", lambda: 40)
     images, decode, together = fid.open_set("x", 0, ONE)[0], fid.read_image, threading.Barrier(40)
-    monkeypatch.setattr(fid, "read_image", lambda *args: (together.wait(30), decode(*args))[1])
-    _, x = next(fid.in_batches(images, ONE, 40))  # and the second batch, ahead
-    assert torch.equal(x, images[np.arange(40)])
+    monkeypatch.setattr(fid, "read_image", lambda *args: (together.wait(10), decode(*args))[1])
+    batches, seen = fid.in_batches(images, ONE, 40), []
+    monkeypatch.setattr(fid.np, "stack", lambda x, stack=np.stack: (seen.append(len(x)), stack(x))[1])
+    _, x = next(batches)
+    [time.sleep(0.01 * (len(seen) < 2)) for _ in range(500)]  # nobody asks for the second batch
+    assert seen == [40, 40] and torch.equal(x, images[np.arange(40)])
 
 def test_an_npz_is_mapped_and_still_checked():
     pixels = np.random.default_rng(0).integers(0, 256, (500, 64, 64, 3), np.uint8)
@@ -2209,7 +2210,7 @@ EXPERIMENTS = {  # file: its tiny commands. CHAIN: the tiny models; WEIGHTS; HER
               "data --images 12 --batch 4 --rounds 2 --out o", "fid --weights WEIGHTS --batch 1 --rounds 1 --out o"],
     "gpu": ["all --tiny --out o"],
     "samplers": ["--model CHAIN/diffusion/ckpt.pt --num-samples 20 --samplers euler heun --steps 2 --guidance 1 --out o"],
-    "compare": [f"'tiny=tokenizer.py {shlex.join(SMALL['tokenizer.py'])} --precision=fp32' --processes 1 2 --out o"]}
+    "compare": [f"'tiny=tokenizer.py {shlex.join(SMALL['tokenizer.py'])} --save-every=1 --precision=fp32' --processes 1 2 --out o"]}
 
 @pytest.mark.parametrize("path", [p for p in sorted((HERE / "experiments").glob("*.py")) if p.stem != "common"], ids=lambda p: p.stem)
 def test_experiments_run(path, chain, made_weights):
@@ -2223,7 +2224,7 @@ def test_experiments_run(path, chain, made_weights):
         done = forking([sys.executable, str(path), *shlex.split(line)], env={**os.environ})
         assert done.returncode == 0, Path("said").read_text()
     assert path.stem != "finding" or "| -1.00 | -1.00 to -1.00 |" in Path("bank/table/predictors.md").read_text()
-    assert sum(content_of(made)["whole"] for made in Path().glob("o/gpu_*.json")) == 8 * (path.stem == "gpu")
+    assert sum(line["whole"] and line["rows"] != {} for line in map(content_of, Path().glob("o/gpu*"))) == 8 * (path.stem == "gpu")
     for made in Path().glob("finding*/*.md"):  # the tables in results/ are those that their runs make
         assert made.read_text() == (HERE / "results" / made).read_text()
         rows = [content_of(path) for path in made.parent.glob("*.json")]
@@ -2278,8 +2279,7 @@ def test_every_command_of_the_readme_runs(cache, made_weights):
 
 # Numbers of the README that are not ours: the paper's; then settings, versions, and limits that a test states
 NOT_OURS = """0.67 24.47 0.85 5.78 0.48 5.69 1.22 22.17 1.75 18.17 1.15 17.18 2.43 13.54 0.89 6.24 23.61 2.31 1.67 40 60
-0.75 2.0 1.0 3.0 45 90 1 2.13.0 0.4.0 2.9.1 2.14.1 2.11 3.10 3.11 3.13 3.2 3.3 3.1 171.9
-2.9 13.73 6.27 2603.05630 0.48 2.31 1.67"""
+0.75 2.0 1.0 3.0 45 90 1 2.13.0 0.4.0 2.9.1 2.14.1 2.11 3.10 3.11 3.13 3.2 3.3 3.1 171.9 2.9 13.73 6.27 2603.05630"""
 
 def test_numbers_in_the_readme_are_in_the_results():
     """Each decimal number or percentage outside code rounds a value in results/, or stands above; rows with a spread, too."""
