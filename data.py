@@ -2,9 +2,7 @@
 
     python data.py --data DIR --size 256 --out imagenet256  # pack a folder of images once
 
-Conventions of the project:
-  letters  B images, N patch tokens, L latent tokens, D width, H latent channels,
-           P patch size, S image size, K classes
+Conventions of the project; tokenizer.py has the letters:
   images   float B x 3 x S x S in [-1, 1] inside; uint8, rounded, in files and metrics
   random   a draw depends on (seed, stream, step) in training, (seed, image) in sampling.
            Processes draw for the global batch and keep their own rows
@@ -416,7 +414,8 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     """Store a folder of images. `replace` what `out` holds of another."""
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
-    ours = re.compile(r"images|labels\.npy|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part")
+    ours = r"images|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part"
+    ours = re.compile(ours + r"|labels\.npy" * (out / "images").exists())
     for path in () if replace else out.rglob("*"):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
@@ -652,9 +651,6 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def alone(self) -> "Dist":
-        return Dist(0, 1, self.device, self.precision)
-
     def local_slice(self, batch: int) -> slice:
         """This process's rows of a global batch."""
         n = self.world_size
@@ -718,8 +714,8 @@ class Dist:
             with model.no_sync() if wait else nullcontext():
                 yield slice(start, start + size), size / batch
 
-    def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None) -> Path:
-        """The folder of a run. Settings other than in its settings.json end the run."""
+    def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None, stale=()) -> Path:
+        """Make the folder of a run, remove `stale` results. Settings other than before end the run."""
         out, file = Path(path), Path(path) / "settings.json"
         out.mkdir(parents=True, exist_ok=True)
         if self.is_main and cfg:
@@ -732,6 +728,10 @@ class Dist:
                 changed = {n for n in now.keys() & before.keys() - free if now[n] != before[n]}
             for n in sorted(changed):
                 die(f"{path} was made with {n} {before[n]}, now {now[n]}: give another --out")
+            for old in [old for pattern in stale for old in out.glob(pattern)]:
+                if not before:
+                    die(f"{path} holds {old.name} of something else: give another --out")
+                old.unlink(missing_ok=True)
             self.save(file, now)
         self.barrier()
         return out
@@ -762,12 +762,12 @@ def start(precision: str) -> Dist:
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # LPIPS and Inception are convolutions
-        # fp32 means fp32, also where a container has switched it
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        tf32 = precision == "tf32"  # fp32 means fp32, whatever a container has switched
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # fp16 would need a scaler
     elif sys.platform == "linux":
         bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
-        # glibc gives each large tensor back and asks for it again: 6 % of a step
+        # glibc returns each large tensor to the system: 6 % of a step
         for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     if n > 1:
@@ -898,7 +898,6 @@ class Log:
 
     After a kill some steps come again: of the lines of a step the last one counts.
     """
-    flops = 0
 
     def __init__(self, cfg, dist: Dist, stage: str, step: int, steps: int, loader: Loader):
         self.cfg, self.dist, self.stage, self.steps, self.loader = cfg, dist, stage, steps, loader
@@ -959,15 +958,16 @@ class Log:
 def save_grid(path: Path, images: Tensor, columns: int, names: tuple = ()):
     """A PNG of uint8 N x 3 x S x S, with names over the first ones."""
     size = images.shape[-1]
-    side, head = size * max(1, 96 // size), 14 * bool(names)  # small images are enlarged
-    w, h = side + 2, head + side + 2
-    sheet = Image.new("RGB", (columns * w, math.ceil(len(images) / columns) * h), "white")
+    side = size * max(1, 96 // size)  # small images are enlarged
+    w, (rows, named) = side + 2, (math.ceil(len(x) / columns) for x in (images, names))
+    sheet = Image.new("RGB", (columns * w, rows * w + named * 14), "white")
     for i, image in enumerate(images.cpu()):
-        x, y = i % columns * w, i // columns * h
+        row, x = i // columns, i % columns * w
+        y = row * w + min(row + 1, named) * 14
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        sheet.paste(picture.resize((side, side), Image.NEAREST), (x, y + head))
+        sheet.paste(picture.resize((side, side), Image.NEAREST), (x, y))
         if i < len(names):
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), names[i][:side // 6], "black")
+            ImageDraw.Draw(sheet).text((x + 2, y - 13), names[i][:side // 6], "black")
     with writing(path) as file:
         sheet.save(file, "PNG")
 

@@ -249,17 +249,20 @@ class LatentSet:
         x = torch.where(mirror[:, None, None], rows[:, 1], rows[:, 0])
         return (x.float() - self.mean) / self.std
 
-def encode_dataset(tokenizer: nn.Module, images: ImageSet, folder: Path, dist: Dist) -> LatentSet:
+def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dist: Dist) -> LatentSet:
     """Latents of all images, in shards below `folder`."""
-    def encode(start, stop):
-        x = images[np.arange(start, stop)]
-        z = torch.stack([encode_images(tokenizer, view, dist) for view in (x, x.flip(3))], 1)
-        return z.cpu().numpy().astype(np.float16)
-
-    weights = fingerprint(tokenizer.state_dict())
-    made_of = {"tokenizer": weights, "images": images.fingerprint, "precision": dist.precision}
     batch = max(1, min(500, 500 * 128**2 // images.size**2))
-    rows = make_shards(folder, len(images), batch, encode, made_of, dist, "encoding")
+
+    def encode(start, stop):
+        z = []
+        for x in images[np.arange(start, stop)].split(batch):
+            views = [encode_images(tokenizer, view, dist).half() for view in (x, x.flip(3))]
+            z.append(torch.stack(views, 1).cpu())
+        return torch.cat(z).numpy()
+
+    made_of = made_of | {"precision": dist.precision}
+    length = 1000 // batch * batch  # Linux maps at most 65,530 files
+    rows = make_shards(folder, len(images), length, encode, made_of, dist, "encoding")
     # Mean and deviation of each channel
     flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
     sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)
@@ -501,15 +504,12 @@ def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> di
 def main(cfg: Config, dist: Dist) -> None:
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
     tokenizer, images, data, init = open_inputs(cfg, dist)
-    weights, classes = fingerprint(tokenizer.state_dict()), images.classes
+    classes, weights = images.classes, fingerprint(tokenizer.state_dict())
     made_of = {"tokenizer_weights": weights, "images": images.fingerprint}
-    out = dist.make_out_dir(cfg.out, cfg, made_of)
-    latents = encode_dataset(tokenizer, images, out / "latents", dist)
-    if dist.is_main and (out / "log.jsonl").exists():  # what an earlier run left
-        begun = (out / "ckpt.pt").exists()  # then its pictures and steps stay
-        for name in ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]:
-            for path in out.glob(name):
-                path.unlink()
+    begun = Path(cfg.out, "ckpt.pt").exists()  # then its pictures and steps stay
+    stale = ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]
+    out = dist.make_out_dir(cfg.out, cfg, made_of, stale)
+    latents = encode_dataset(tokenizer, images, out / "latents", made_of, dist)
 
     present = images.labels.unique()  # classes that have images
     meta = made_of | {

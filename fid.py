@@ -420,14 +420,12 @@ def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
     score = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
     return score.flatten(1).mean(1)  # B
 
-ssim_7x7_range2 = partial(ssim, flat=True)
-
 @torch.no_grad()
 def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=None, weights=None) -> dict:
     """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
     metrics = {"psnr": psnr}
     if images.size > 10:  # SSIM's window has 11 pixels
-        metrics |= {"ssim": ssim, "ssim_7x7_range2": ssim_7x7_range2}
+        metrics |= {"ssim": ssim, "ssim_7x7_range2": partial(ssim, flat=True)}
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(to_float(x), to_float(y))
     sums = torch.zeros(len(metrics), device=dist.device).double()
@@ -623,8 +621,9 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     if dist.is_main:
         if not path.exists():
             dist.print("training a small classifier that scores images, once for this data set")
-            trained = train_classifier(images, dist.alone(), seed)
-            _, (trained.mean, trained.cov) = trained.score(images, dist=dist.alone())
+            alone = replace(dist, world_size=1)
+            trained = train_classifier(images, alone, seed)
+            _, (trained.mean, trained.cov) = trained.score(images, dist=alone)
             dist.save(path, {"model": trained.state_dict()})
         net.load_state_dict(read_weights(path))
     dist.barrier()
@@ -647,7 +646,7 @@ class Config:
     task: str = option("score", "set by the commands above", ("score", "stats", "latents"))
     samples: str = option("out/samples/samples.npz", "the set A, or checkpoints with commas")
     data: str = option("", "the set B; empty: what the samples name")
-    out: str = option("", "file, or folder for latents; empty: metrics.json beside A")
+    out: str = option("", "file, or folder for latents; empty: beside A")
     features: str = option("classifier", "`A B` means fid", ("classifier", "fid", "both"))
     resize: str = option("tf1", "as ADM or pytorch-fid", ("tf1", "pytorch-fid"))
     size: int = option(0, "side of a data set; 0: that of A")
@@ -757,7 +756,8 @@ def score(cfg: Config, dist: Dist):
     size = cfg.size or images[np.arange(1)].shape[-1]
     meta, labels = beside.get("meta", {}), beside.get("labels")
     data = cfg.data or meta.get("data") or die(f"{cfg.samples} does not name its data set: give --data")
-    out = Path(cfg.out or Path(cfg.samples).absolute().with_name("metrics.json"))
+    name = "" if Path(cfg.samples).name == "samples.npz" else f"{Path(cfg.samples).name}."
+    out = Path(cfg.out or Path(cfg.samples).absolute().with_name(name + "metrics.json"))
     n, rows = len(images), {"samples": {"images": len(images)}}
     if cfg.features != "classifier":
         rows["samples"] |= inception_scores(cfg, dist, images, *open_set(data, size, dist))
@@ -800,7 +800,7 @@ def compare_latents(cfg: Config, dist: Dist):
     """Predictors of tokenizers; mixtures all in as many dimensions -> analysis.json."""
     from tokenizer import decode_images, encode_dataset, load_tokenizer  # which imports this file
 
-    dist, rows, latents = dist.alone(), {}, {}
+    dist, rows, latents = replace(dist, rank=0, world_size=1), {}, {}
     for path in cfg.samples.split(","):
         model, trained = load_tokenizer(path, dist.device)
         data = cfg.data or trained.data

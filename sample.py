@@ -38,7 +38,7 @@ class Config:
     png: bool = option(False, "write png/000000.png and so on")
     seed: int = option(0, "seed of the noise and of random labels")
     compile: bool = False
-    precision: str = option("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 where fast; tf32: on a GPU", ("auto", "fp32", "tf32", "bf16"))
 
     def check(self) -> None:
         if not self.guidance_low <= self.guidance_high <= 1:
@@ -112,7 +112,7 @@ def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of:
         with ThreadPoolExecutor() as pool:
             list(pool.map(write, range(len(labels))))
     first = torch.from_numpy(images[np.arange(min(len(labels), 80))]).permute(0, 3, 1, 2)
-    save_grid(out / "grid.png", first, 10, names=[classes[c] for c in labels])
+    save_grid(out / "grid.png", first, 10, [classes[c] for c in labels[:80]])
 
 def main(cfg: Config, dist: Dist) -> None:
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)

@@ -8,7 +8,7 @@ auxiliary decoders predict features (here HOG) of the masked patches. Stage 2 (S
 decoder while the mask ratio falls to 0. Masking, not a KL term, gives the latents structure.
 
 Letters: B images, N patch tokens, L latent tokens, T all tokens, D width, d width of a head,
-H latent channels, P patch size, S image size. "As released": as in the code of the authors.
+H latent channels, P patch size, S image size, K classes. "As released": as the authors' code.
 """
 import hashlib  # noqa: I001
 import json
@@ -697,10 +697,8 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
         dist.print(name, *(f" {key} {value:.4g}" for key, value in metrics[name].items()))
     if not dist.is_main:
         return metrics
-    z, y = encode_dataset(stages["stage2"], val, dist)
-    metrics["latents_unchanged_by_stage2"] = torch.equal(z, encode_dataset(stages["stage1"], val, dist)[0])
     if classes > 1:
-        train_z, train_y = encode_dataset(stages["stage2"], images, dist)
+        (train_z, train_y), (z, y) = (encode_dataset(stages["stage2"], part, dist) for part in (images, val))
         metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
         metrics["probe_images"] = len(train_z), len(z)  # evenly spaced in large sets
         dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
@@ -750,10 +748,8 @@ def main(cfg: Config, dist: Dist) -> None:
         if cfg.stage2_only and new:
             dist.die(f"--stage2-only: {new[0]} does not fit")
 
-    dist.make_out_dir(cfg.out, cfg)
-    stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)  # of an earlier run
-    for name in stale if dist.is_main else ():
-        (out / name).unlink(missing_ok=True)
+    stale = ["metrics.json", "recon.png"] + ["stage1.pt"] * (state is None)
+    dist.make_out_dir(cfg.out, cfg, stale=stale)
 
     if stage == 1:
         if not cfg.stage2_only:
