@@ -340,7 +340,7 @@ def list_folder(root: Path) -> Listing:
     if (root / "packed.json").exists():
         die(f"--data {root} is packed already")
     paths, others = find_images(root)
-    paths = sorted(path.removeprefix(f"{root}{os.sep}") for path in paths)
+    paths = sorted(path.removeprefix(os.path.join(root, "")) for path in paths)
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
     splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
               for names in ("train training", "val valid validation dev eval test testing")]
@@ -410,13 +410,13 @@ def store(out, size, classes, labels, n_train, made_of, make):
         "format": FORMAT, "size": size, "classes": classes, "training_images": n_train,
         "fingerprint": hash_of([digests, classes])})
 
-def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace: bool = False):
-    """Store a folder of images. `replace` what `out` holds of another."""
+def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, cached: bool = False) -> Path:
+    """Store a folder of images. `cached`: in a folder of this listing; others may be in use."""
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
     ours = r"images|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part"
     ours = re.compile(ours + r"|labels\.npy" * (out / "images").exists())
-    for path in () if replace else out.rglob("*"):
+    for path in () if cached else out.rglob("*"):
         if not ours.fullmatch(path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
     root, classes, n_train, files, summary = list_folder(root)
@@ -425,21 +425,21 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, replace
     stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, paths)]
     made_of = [size, classes, n_train, files, stats]  # changed files differ
     key = hash_of(made_of)
-    others = any(key not in path.name for path in out.glob("images/*.npy"))
-    if replace and others:
-        shutil.rmtree(out)
-    elif (out / "packed.json").exists() and not others:
-        return
+    out = out.with_name(f"{out.name}-{key}") if cached else out
+    if (out / "packed.json").exists() and all(key in path.name for path in out.glob("images/*.npy")):
+        return out
     read = partial(try_to_read, size=size)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         store(out, size, classes, [label for _, label in files], n_train, made_of,
               lambda start, stop: np.stack([*pool.map(read, paths[start:stop])]))
+    return out
 
 def keep_outside(out, data):
-    if out and data and Path(out).resolve().is_relative_to(Path(data).resolve()):
+    if out and data and Path(out).resolve().is_relative_to(Path(data).expanduser().resolve()):
         die(f"--out {out} lies inside --data {data}: its pictures would become data")
 
-# ---- Data sets by name. To add one: a function that stores it, and its line in DATASETS
+# ---- Data sets by name. To add one: a function that stores it, and its line in DATASETS.
+# If it changes, empty the cache
 
 def pack_shapes(size: int, out: Path):
     index, chunk = np.r_[:20_000, 2**32:2**32 + 2_000], max(1, 2**18 // size**2)
@@ -450,7 +450,7 @@ def pack_shapes(size: int, out: Path):
             images, _ = zip(*pool.map(partial(render_shapes, size=size), chunks))
         return torch.cat(images).permute(0, 2, 3, 1).numpy()
 
-    made_of = ["shapes", 1, size]  # raise 1 when the pictures change
+    made_of = ["shapes", 1, size]
     store(out, size, SHAPES, index % len(SHAPES), 20_000, made_of, render)
 
 def pack_cifar10(size: int, out: Path):
@@ -480,8 +480,10 @@ def unpacked(name: str, url: str, digest: str) -> Path:
         archive = download(url, cache_dir() / Path(url).name, digest)
         part = Path(f"{folder}.{os.getpid()}.part")
         with reading(archive, f"the archive of {name}"):
-            shutil.unpack_archive(archive, part, filter="data")  # refuses paths that lead outside
-        part.rename(folder)
+            shutil.unpack_archive(archive, part)  # what it holds is known by its hash
+        with suppress(OSError):  # another process may have been first
+            part.rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
@@ -491,7 +493,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     socket.setdefaulttimeout(60)
     bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
     with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
-        # It raises when the connection ends before the whole file has come
+        # It raises when the connection ends early
         urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
         if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")
@@ -505,9 +507,8 @@ def prepare(data: str, size: int) -> Path:
         return root
     out = cache_dir() / f"{data}-{size}px"
     if data not in DATASETS:
-        out = cache_dir() / f"{root.name}-{size}px-{hash_of(str(root))[:8]}"
-        pack(root, size, out, replace=True)
-    elif not (out / "packed.json").exists():
+        return pack(root, size, cache_dir() / f"{root.name}-{size}px", cached=True)
+    if not (out / "packed.json").exists():
         DATASETS[data](size, out)
     return out
 
@@ -644,7 +645,7 @@ class Dist:
     world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     precision: str = "fp32"
-    idle: object = None  # the group of barriers: NCCL's would keep a core and the GPU busy
+    idle: object = None  # group of barriers: NCCL's keep a core and the GPU busy
     print, die = staticmethod(say), staticmethod(die)
 
     @property
@@ -690,7 +691,7 @@ class Dist:
     def compiled(self, net: nn.Module, on: bool) -> nn.Module:
         """The same network; if `on`, a graph for each size of its batches."""
         if on:
-            # Of all networks of a class. torch ends a run that needs more than 8
+            # torch ends a run whose networks of one class need more than 8
             torch._dynamo.config.recompile_limit = 64
             net.compile(fullgraph=True, dynamic=False)
         return net
@@ -699,7 +700,7 @@ class Dist:
         """The model as training calls it: processes average their gradients."""
         if self.world_size == 1:
             return model
-        # If compiled, each bucket is a graph of its own: few, large ones
+        # If compiled, each bucket is a graph: few, large ones
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=250)
 
     def micro_batches(self, model: nn.Module, batch: int, micro: int):
@@ -724,7 +725,8 @@ class Dist:
             if getattr(cfg, "schedule", "") == "constant" and not hasattr(cfg, "stage2_steps"):
                 free.add("steps")  # a longer run takes the same steps first
             with reading(file, "the settings of a run"):
-                before = json.loads(file.read_text()) if file.exists() else {}
+                before = json.loads(file.read_text()) if file.exists() else {"commit": ""}
+                before.pop("commit")  # each of ours has one
                 changed = {n for n in now.keys() & before.keys() - free if now[n] != before[n]}
             for n in sorted(changed):
                 die(f"{path} was made with {n} {before[n]}, now {now[n]}: give another --out")
@@ -762,7 +764,7 @@ def start(precision: str) -> Dist:
         device, backend = torch.device("cuda", local), "nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # LPIPS and Inception are convolutions
-        tf32 = precision == "tf32"  # fp32 means fp32, whatever a container has switched
+        tf32 = precision == "tf32"  # fp32 is fp32, whatever a container switched
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # fp16 would need a scaler
     elif sys.platform == "linux":
@@ -773,7 +775,7 @@ def start(precision: str) -> Dist:
     if n > 1:
         wait = timedelta(hours=12)  # rank 0 may pack a large data set
         store, _, _ = next(distributed.rendezvous("env://", rank, n, timeout=wait))
-        # torchrun --max-restarts keeps its store, with what an earlier attempt left there
+        # torchrun --max-restarts keeps its store, and what an earlier attempt left
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         distributed.init_process_group(
             backend, timeout=timedelta(minutes=30), world_size=n, rank=rank, store=store,
@@ -854,7 +856,7 @@ def make_optimizers(model: nn.Module, cfg, dist: Dist) -> list:
     optimizers = [torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)]
     if muon:
         optimizers.append(Muon(muon, cfg.muon_lr, cfg.weight_decay))
-        if dist.precision == "bf16":  # a core that has none would take 20 times as long
+        if dist.precision == "bf16":  # a core without it takes 20 times as long
             optimizers[-1].dtype = torch.bfloat16
     return optimizers
 
@@ -887,7 +889,7 @@ class Ema:
 def load_checkpoint(path: str | Path, kind: str) -> dict:
     """What the script `kind` saved, on the CPU. Runs no code from it."""
     with reading(path, f"a checkpoint of {kind}.py"):
-        # Mapped: processes share the pages, and what is loaded once may leave memory
+        # Mapped: processes share its pages, which may leave memory again
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
         if state["kind"] != kind:
             raise ValueError(f"it is one of {state['kind']}.py")

@@ -165,7 +165,7 @@ def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False
     for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
         v = velocity(x, t)  # points from data to noise
         if heun and t_next > 0:
-            # Mean of the slopes at both ends. One gate opens both, as in the official sampler
+            # Mean of the slopes at both ends. One gate opens both, as officially
             v = (v + velocity(x + (t_next - t) * v, t_next, gate=t)) / 2
         x = x + (t_next - t) * v  # t falls, so the step is against v
     return x
@@ -444,7 +444,7 @@ def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tu
         with reading(tokenizer, "a tokenizer converted with its config.json"):
             meta |= {name: [x] * model.shape[1] for name, x in state["latent_statistics"].items()}
             meta["size"] = state["config"]["size"]
-    # Nothing says on which path it was trained. The demos sample with cosine
+    # No file says its path. The demos sample with cosine
     return model, Config(path="cosine"), meta
 
 def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
@@ -483,17 +483,14 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
     return tokenizer, images, data, init
 
 def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
-    """Scores of samples. Decoded noise and reconstructions are bounds."""
+    """Scores of samples; reconstructions and real images are bounds."""
     judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
     present = np.unique(images.labels)
     y = torch.from_numpy(draw_labels(cfg.labels, present, n, dist, cfg.seed))
-    no_step = SamplerConfig(steps=0, seed=cfg.seed)  # leaves the noise as it is
     samples = LazyImages(n, lambda i: make(model, y[i], i))
-    noise = LazyImages(n, lambda i: make(model, y[i], i, no_step))
     recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
     rows = {"real validation images": judge.reference}
     rows["samples"], moments = judge.score(samples, y)
-    rows["decoded noise"], _ = judge.score(noise, y)
     rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
     # Without the error of the decoder
     rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
@@ -520,8 +517,8 @@ def main(cfg: Config, dist: Dist) -> None:
     sampling = SamplerConfig(
         cfg.sampler, cfg.sampling_steps, guidance, 0.0, cfg.guidance_high, cfg.seed, cfg.path)
 
-    def make(model, y, index, how=sampling):
-        z = generate(model, index, y, how, dist)  # B x L x H
+    def make(model, y, index):
+        z = generate(model, index, y, sampling, dist)  # B x L x H
         return decode_images(tokenizer, z * latents.std + latents.mean, dist)
 
     def preview(model):

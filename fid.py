@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
                 prefix, pos = w.pop("cls_token") + pos[:, :1], pos[:, 1:]
             registers = w.pop("register_tokens", pos[:, :0])
 
-            # DINO was trained with exact GELU; published discriminators on it use tanh's.
+            # DINO was trained with exact GELU; published discriminators on it use tanh's
             gelu = F.gelu if kind == "dinov2" else partial(F.gelu, approximate="tanh")
             heads = heads or (16 if width == 1152 else max(1, width // 64))  # 1152: so400m
             layer = width, heads, len(w["layers.0.linear1.weight"]), 0, gelu, 1e-6, True, True
@@ -593,7 +593,7 @@ def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classif
     for step in tqdm(range(steps), desc="classifier", disable=None):
         optimizer.param_groups[0]["lr"] = 5e-3 * lr_schedule(step, steps, steps // 10, "linear")
         x, y = loader(step)  # B x 3 x S x S, B
-        # Blur in three of four batches, and noise, teach forms, not sharp pixels.
+        # Blur in three of four batches, and noise, teach forms, not pixels
         if step % 4:
             small = max(1, round(x.shape[-1] / (step % 4 + 1)))
             blurred = F.interpolate(x, small, mode="area")
@@ -610,7 +610,7 @@ def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classif
 
 def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> Classifier:
     """The frozen classifier of a data set, kept in the cache, or in `out` if that is read-only."""
-    # Seed 0 scores images, seed 1 teaches the tokenizer: no network scores what it has taught.
+    # Seed 0 scores, seed 1 teaches the tokenizer: no network scores what it taught
     if len(images.classes) < 2:
         die("a classifier needs two classes or more")
     path = cache_dir() / f"classifier-4-{seed}-{images.fingerprint}.pt"  # 4: its version
@@ -733,12 +733,13 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
     b, row = {}, {"resize": cfg.resize, "inception_score": inception_score(a["logits"])}
     if reference:
         every = math.ceil(len(reference) / 10_000)  # ADM's reference files have so many
-        b = inception_statistics(net, reference, dist, cfg.batch_size, every) | {"n": len(reference)}
+        b = inception_statistics(net, reference, dist, cfg.batch_size, every)
         if min(len(images), len(b["features"])) > 3:
             row["precision"], row["recall"] = precision_recall(b["features"], a["features"])
         else:
             dist.print("precision and recall need more than 3 images in each set: left out")
-    b |= statistics  # they are of the whole set, its images may be a few
+    n = {"n": len(reference)} if reference and "mu" not in statistics else {}
+    b |= n | statistics  # of the whole set; its images may be a few
     row["n_reference"] = int(b["n"]) if "n" in b else None
     for name, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mean in b:
@@ -759,10 +760,12 @@ def score(cfg: Config, dist: Dist):
     name = "" if Path(cfg.samples).name == "samples.npz" else f"{Path(cfg.samples).name}."
     out = Path(cfg.out or Path(cfg.samples).absolute().with_name(name + "metrics.json"))
     n, rows = len(images), {"samples": {"images": len(images)}}
-    if cfg.features != "classifier":
-        rows["samples"] |= inception_scores(cfg, dist, images, *open_set(data, size, dist))
-    if cfg.features != "fid":
+    if not cfg.data or cfg.features != "fid":
         train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])
+    if cfg.features != "classifier":
+        reference = open_set(data, size, dist) if cfg.data else (train, {})  # as the model saw them
+        rows["samples"] |= inception_scores(cfg, dist, images, *reference)
+    if cfg.features != "fid":
         classes = list(train.classes)
         if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
             die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(classes)} classes")
@@ -787,7 +790,7 @@ def write_statistics(cfg: Config, dist: Dist):
     """Statistics of all images of a set, and up to 10,000 of them -> npz."""
     images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
     net = load_inception(cfg.weights, dist, cfg.resize)
-    stats = inception_statistics(net, images, dist, cfg.batch_size)
+    stats = inception_statistics(net, images, dist, cfg.batch_size, every=len(images))
     del stats["features"], stats["logits"]
     dist.make_out_dir(Path(cfg.out).parent)
     if dist.is_main:

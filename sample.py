@@ -79,7 +79,7 @@ def save_npz(path: Path, images: Shards, **arrays) -> None:
 def load_models(cfg: Config, dist: Dist) -> tuple:
     """(model, settings, what else is stored, tokenizer, guide)"""
     model, trained, meta = load_diffusion(cfg.model, dist.device, cfg.tokenizer)
-    # The run may have been moved: look as seen from its model, then where it lay
+    # It may have moved: look as seen from its model, then where it lay
     places = [Path(cfg.model).parent / meta["tokenizer"][0], Path(meta["tokenizer"][-1])]
     for path in [cfg.tokenizer] if cfg.tokenizer else sorted(places, key=lambda p: not p.exists()):
         tokenizer, _ = load_tokenizer(path, dist.device)
@@ -140,9 +140,9 @@ def main(cfg: Config, dist: Dist) -> None:
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
         save(out, cfg, images, labels, classes, made_of)
-        for path in (out / "parts").glob("*-*.npy"):
-            path.unlink(missing_ok=True)
         with suppress(OSError):  # a second run may write there
+            for path in (out / "parts").glob("*-*.npy"):
+                path.unlink(missing_ok=True)
             (out / "parts").rmdir()
     calls, doubled = sampling.nfe()
     dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if guided ones count twice")

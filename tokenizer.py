@@ -132,7 +132,7 @@ class Mlp(nn.Sequential):
         self.fc2 = nn.Linear(4 * width, width)
 
 class Block(nn.Module):
-    """A pre-norm layer. With `channels`, the latents z modulate their rows (as released)."""
+    """A pre-norm layer. With `channels`, the latents h modulate their rows (as released)."""
 
     def __init__(self, width: int, heads: int, channels: int = 0):
         super().__init__()
@@ -142,11 +142,11 @@ class Block(nn.Module):
         if channels:
             self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 4 * width))
 
-    def forward(self, x, rope=None, z=None):
+    def forward(self, x, rope=None, h=None):
         if not hasattr(self, "modulation"):
             x = x + self.attn(self.norm1(x), rope)  # B x T x D
             return x + self.mlp(self.norm2(x))
-        shift1, scale1, shift2, scale2 = self.modulation(z).chunk(4, -1)  # B x L x D
+        shift1, scale1, shift2, scale2 = self.modulation(h).chunk(4, -1)  # B x L x D
         x = x + self.attn(modulate_tail(self.norm1(x), scale1, shift1), rope)
         return x + self.mlp(modulate_tail(self.norm2(x), scale2, shift2))
 
@@ -167,7 +167,7 @@ class Layers(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, channels) for _ in range(depth))
         self.norm = nn.LayerNorm(width, 1e-6, not channels)
 
-    def run(self, x, latents, z=None):
+    def run(self, x, latents, h=None):
         """B x N x D and [B x L x D] or [] -> both after the last layer."""
         n, first, ropes = x.shape[1], 0, [None] * len(self.blocks)
         if hasattr(self, "class_token"):
@@ -178,7 +178,7 @@ class Layers(nn.Module):
             ropes = zip(*rope_tables(self.rope_freqs, self.heads, self.grid, first, self.latents))
         x = torch.cat([x, *latents], 1).float()  # B x T x D: layers add up in fp32
         for block, rope in zip(self.blocks, ropes):
-            x = block(x, rope, z)
+            x = block(x, rope, h)
         x = self.norm(x)
         return x[:, first:first + n], x[:, first + n:]
 
@@ -688,7 +688,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     metrics = {"images": len(val), "precision": dist.precision, "seed": cfg.seed,
                "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
-    # The small classifier is weak on a thousand classes, and training it reads all images
+    # The classifier is weak on a thousand classes, and its training reads all images
     judge = ClassifierFD(images, val, dist, cfg.out) if 1 < classes < 1000 else None
     inception = cfg.weights if cfg.rfid else None
     for name, model in stages.items():
