@@ -9,7 +9,6 @@ Conventions of the project; tokenizer.py has the letters:
 """
 import argparse
 import copy
-import ctypes
 import json
 import math
 import os
@@ -135,7 +134,7 @@ def make_shards(folder: Path, n: int, length: int, make: Callable, made_of: obje
     key = hash_of(made_of)
     paths = [folder / f"{i:05d}-{key}.npy" for i in range(math.ceil(n / length))]
     if dist.is_main and set(folder.glob("*.npy")) - set(paths):
-        die(f"{folder} was made of other weights, images or settings: give another --out")
+        die(f"{folder} was made of other weights, images, settings or precision: give another --out")
     dist.barrier()
     mine = range(dist.rank, len(paths), dist.world_size)
     for i in tqdm(mine, label, disable=not dist.is_main or None):
@@ -521,6 +520,7 @@ class ImageSet:
 
     def __init__(self, data: str, size: int, split: str, out: str = ""):
         keep_outside(out, data)
+        self.data = str(Path(data).absolute()) if Path(data).exists() else data
         folder = prepare(data, size)
         with reading(folder, "a whole packed data set"):
             meta = json.loads((folder / "packed.json").read_text())
@@ -726,7 +726,7 @@ class Dist:
                 free.add("steps")  # a longer run takes the same steps first
             with reading(file, "the settings of a run"):
                 before = json.loads(file.read_text()) if file.exists() else {"commit": ""}
-                before.pop("commit")  # each of ours has one
+                before.pop("commit")
                 changed = {n for n in now.keys() & before.keys() - free if now[n] != before[n]}
             for n in sorted(changed):
                 die(f"{path} was made with {n} {before[n]}, now {now[n]}: give another --out")
@@ -769,9 +769,6 @@ def start(precision: str) -> Dist:
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # fp16 would need a scaler
     elif sys.platform == "linux":
         bf16 = "bf16" in Path("/proc/cpuinfo").read_text()
-        # glibc returns each large tensor to the system: 6 % of a step
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
     if n > 1:
         wait = timedelta(hours=12)  # rank 0 may pack a large data set
         store, _, _ = next(distributed.rendezvous("env://", rank, n, timeout=wait))

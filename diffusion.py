@@ -319,7 +319,7 @@ class Config:
     keep_every: int = free(0, "steps between kept step-N.pt; 0: none")
     seed: int = option(0, "of all random numbers")
     compile: bool = free(False, "torch.compile; a CPU needs a C++ compiler")
-    precision: str = free("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
+    precision: str = option("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
     def check(self) -> None:
         if self.width % (2 * self.heads) or self.guidance_high > 1:
@@ -361,6 +361,8 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
         state = load_checkpoint(ckpt, "diffusion")
         start = restore(state, model, ema, optimizers)
         dist.print(f"continuing {ckpt} at step {start}, saved by {state['commit']}")
+        if start > cfg.steps:
+            die(f"{ckpt} has more than --steps {cfg.steps}")
 
     net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
     n, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
@@ -442,7 +444,8 @@ def load_diffusion(path: str | Path, device, tokenizer: str | None = None) -> tu
         state = load_checkpoint(tokenizer, "tokenizer")
         meta |= {"tokenizer": [tokenizer], "tokenizer_weights": fingerprint(state["ema"])}
         with reading(tokenizer, "a tokenizer converted with its config.json"):
-            meta |= {name: [x] * model.shape[1] for name, x in state["latent_statistics"].items()}
+            statistics = state["latent_statistics"]
+            meta |= {name: [statistics[name]] * model.shape[1] for name in ("mean", "std")}
             meta["size"] = state["config"]["size"]
     # No file says its path. The demos sample with cosine
     return model, Config(path="cosine"), meta
@@ -460,7 +463,7 @@ def from_official(weights: dict[str, Tensor], heads: int = 0) -> SiT:
     return model.eval().requires_grad_(False)
 
 def open_inputs(cfg: Config, dist: Dist) -> tuple:
-    """(tokenizer, training images, where they lie, model of --init)"""
+    """(tokenizer, training images, model of --init)"""
     for path in filter(None, (cfg.tokenizer, cfg.init)):
         if Path(path).resolve().parent == Path(cfg.out).resolve():
             die(f"--out {cfg.out} is the folder of {path}, whose ckpt.pt it would overwrite")
@@ -472,15 +475,14 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
     tokenizer, tok = load_tokenizer(cfg.tokenizer, dist.device)
     for part in (tokenizer.encoder, tokenizer.decoder):
         dist.compiled(part, cfg.compile)
-    data = cfg.data or tok.data
-    data = str(Path(data).absolute()) if Path(data).exists() else data
+    data = cfg.data or tok.data or die("give --data: the tokenizer names none")
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
     if tok.images and tok.images != images.fingerprint:
         dist.print("warning: the tokenizer was trained on other images than those of --data", data)
     if len(empty := np.delete(images.classes, images.labels)):
         dist.print("warning: no training images, so no samples, of", ", ".join(empty[:20]))
-    return tokenizer, images, data, init
+    return tokenizer, images, init
 
 def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
     """Scores of samples; reconstructions and real images are bounds."""
@@ -500,7 +502,7 @@ def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> di
 
 def main(cfg: Config, dist: Dist) -> None:
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
-    tokenizer, images, data, init = open_inputs(cfg, dist)
+    tokenizer, images, init = open_inputs(cfg, dist)
     classes, weights = images.classes, fingerprint(tokenizer.state_dict())
     made_of = {"tokenizer_weights": weights, "images": images.fingerprint}
     begun = Path(cfg.out, "ckpt.pt").exists()  # then its pictures and steps stay
@@ -511,7 +513,7 @@ def main(cfg: Config, dist: Dist) -> None:
     present = images.labels.unique()  # classes that have images
     meta = made_of | {
         "mean": latents.mean.tolist(), "std": latents.std.tolist(), "shape": latents.rows.shape[2:],
-        "classes": classes, "present": present.tolist(), "data": data, "size": images.size,
+        "classes": classes, "present": present.tolist(), "data": images.data, "size": images.size,
         "tokenizer": [os.path.relpath(cfg.tokenizer, out), str(Path(cfg.tokenizer).absolute())]}
     guidance = cfg.guidance if len(classes) > 1 and cfg.label_dropout else 1.0  # else no null class
     sampling = SamplerConfig(
@@ -528,12 +530,12 @@ def main(cfg: Config, dist: Dist) -> None:
     model, rows = train(cfg, dist, latents, meta, preview, init), {}
     dist.compiled(model, cfg.compile)
     if cfg.samples and len(classes) > 1:
-        val = ImageSet(data, images.size, "val")
+        val = ImageSet(images.data, images.size, "val")
         rows = evaluate(cfg, dist, model, tokenizer, images, val, make)
     elif cfg.samples:
         dist.print("one class only: no fd_classifier; look at samples.png")
     dist.save(out / "metrics.json", {
-        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": data,
+        "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": images.data,
         "steps": cfg.steps, "precision": dist.precision})
     dist.print(f"wrote {out}")
     dist.barrier()

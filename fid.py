@@ -609,7 +609,7 @@ def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classif
     return net.eval().requires_grad_(False)
 
 def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> Classifier:
-    """The frozen classifier of a data set, kept in the cache, or in `out` if that is read-only."""
+    """The frozen classifier of a data set, kept in the cache, or in `out` if it is read-only."""
     # Seed 0 scores, seed 1 teaches the tokenizer: no network scores what it taught
     if len(images.classes) < 2:
         die("a classifier needs two classes or more")
@@ -739,7 +739,7 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
         else:
             dist.print("precision and recall need more than 3 images in each set: left out")
     n = {"n": len(reference)} if reference and "mu" not in statistics else {}
-    b |= n | statistics  # of the whole set; its images may be a few
+    b |= n | statistics  # of the whole set, unlike its images
     row["n_reference"] = int(b["n"]) if "n" in b else None
     for name, mean, cov in (("fid", "mu", "sigma"), ("sfid", "mu_s", "sigma_s")):
         if mean in b:
@@ -806,7 +806,7 @@ def compare_latents(cfg: Config, dist: Dist):
     dist, rows, latents = replace(dist, rank=0, world_size=1), {}, {}
     for path in cfg.samples.split(","):
         model, trained = load_tokenizer(path, dist.device)
-        data = cfg.data or trained.data
+        data = cfg.data or trained.data or die("give --data: the tokenizer names none")
         train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist) for images in (train, val))
         row = rows[path] = {"latents": list(z.shape[1:]), "data": data}

@@ -101,11 +101,9 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
 
 def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict) -> None:
     """Write samples.npz, grid.png and png/, in place of an earlier run's."""
-    if (out / "samples.npz").exists():  # else png/ is not ours
-        shutil.rmtree(out / "png", ignore_errors=True)
-        for name in ("metrics.json", "grid.png"):
-            (out / name).unlink(missing_ok=True)
     save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
+    shutil.rmtree(out / "png", ignore_errors=True)
+    (out / "metrics.json").unlink(missing_ok=True)
     if cfg.png:
         (out / "png").mkdir()
         write = lambda i: Image.fromarray(images[[i]][0]).save(out / f"png/{i:06d}.png")
@@ -135,8 +133,9 @@ def main(cfg: Config, dist: Dist) -> None:
     for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
         made_of[name] = net and fingerprint(net.state_dict(), "")
     out = dist.make_out_dir(cfg.out)
-    if dist.is_main and cfg.png and (out / "png").exists() and not (out / "samples.npz").exists():
-        die(f"{out} holds png/, which sample.py did not write: give another --out")
+    for name in ("settings.json", "metrics.json", "grid.png", "png"):
+        if dist.is_main and (out / name).exists() and not (out / "samples.npz").exists():
+            die(f"{out} holds {name}, which sample.py did not write: give another --out")
     images = make_shards(out / "parts", n, cfg.batch_size, make, made_of, dist, "sampling")
     if dist.is_main:
         save(out, cfg, images, labels, classes, made_of)

@@ -2048,7 +2048,7 @@ def test_checkpoints_and_notes_of_a_run_that_are_damaged_are_named(chain, made):
         Path(name).parent.mkdir()
         Path(name).write_bytes(content)
     run = partial(call, fields={})
-    refused(run, "tokenizer --steps 9 --out t", message="the checkpoint in --out is not")
+    refused(run, "tokenizer --steps 9 --out t", message="t holds the ckpt.pt of something else")
     refused(run, "tokenizer --data p --out u", message="p is not a whole packed data set")
     refused(run, "diffusion --out d", made["diffusion"], message="settings.json is not the settings of a run")
     refused(run, "diffusion --out e", made["diffusion"], message="latents is not a whole folder of shards")

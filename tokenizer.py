@@ -700,36 +700,37 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     if classes > 1:
         (train_z, train_y), (z, y) = (encode_dataset(stages["stage2"], part, dist) for part in (images, val))
         metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
-        metrics["probe_images"] = len(train_z), len(z)  # evenly spaced in large sets
+        metrics["probe_images"] = len(train_z), len(z)
         dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
 
-    x, ratio = val[np.arange(min(8, len(val)))], (cfg.mask_min + cfg.mask_max) / 2
+    at = np.linspace(0, len(val) - 1, min(8, len(val))).astype(int)
+    x, ratio = val[at], (cfg.mask_min + cfg.mask_max) / 2
     mask = random_mask(len(x), cfg.tokens()[0], ratio, torch.Generator().manual_seed(cfg.seed))
-    masked = patchify(x, cfg.patch).masked_fill(mask[..., None], 128)  # grey
+    masked = patchify(x, cfg.patch).masked_fill(mask[..., None], 128)
     h = encode_images(stages["stage1"], x, dist, mask.to(dist.device))
     columns = [x, unpatchify(masked, cfg.patch), decode_images(stages["stage1"], h, dist),
                *(reconstruct(model, x, dist) for model in stages.values())]
     grid = torch.stack([column.cpu() for column in columns], 1).flatten(0, 1)
-    save_grid(Path(cfg.out) / "recon.png", grid, 5, ("original", "masked", "from masked", *stages))
+    save_grid(Path(cfg.out) / "recon.png", grid, 5, ("original", "masked", "rebuilt", *stages))
     return metrics
 
 def main(cfg: Config, dist: Dist) -> None:
     if cfg.from_official:
         return convert(cfg, dist)
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
-    if Path(cfg.data).exists():  # later stages find it from any folder
-        cfg = replace(cfg, data=str(Path(cfg.data).absolute()))
     images = source = dist.rank0_first(lambda: ImageSet(cfg.data, cfg.size, "train", cfg.out))
     if cfg.augment == "crop":  # from larger images
         source = dist.rank0_first(lambda: ImageSet(cfg.data, math.ceil(1.25 * cfg.size), "train"))
     val = ImageSet(cfg.data, cfg.size, "val")
-    cfg = replace(cfg, images=images.fingerprint)
+    cfg = replace(cfg, data=images.data, images=images.fingerprint)
     dist.print(f"{cfg.data}: {images.describe()}; validation {len(val):,}")
 
     out, state, stage = Path(cfg.out), None, 1
     if (out / "ckpt.pt").exists():
         state = load_checkpoint(out / "ckpt.pt", "tokenizer")
         stage, step = state.get("stage", 1), state.get("step")
+        if step is None or cfg.stage2_only and stage == 1:
+            dist.die(f"{out} holds the ckpt.pt of something else: give another --out")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
     if cfg.init:  # known by its hash, wherever it lies
@@ -779,10 +780,10 @@ class LeCam(nn.Module):
         self.dist = dist
         self.register_buffer("means", torch.zeros(2, device=dist.device))  # of real, of fake
 
-    def forward(self, real, fake):
+    def forward(self, real, fake, share: float = 1):
         now = torch.stack([real.mean(), fake.mean()]).detach()
         now = self.dist.all_reduce(now) / self.dist.world_size
-        self.means = 0.999 * self.means + 0.001 * now
+        self.means = self.means.lerp(now, 1 - 0.999**share)
         mean_real, mean_fake = self.means
         return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
@@ -913,7 +914,7 @@ class Adversary(nn.Module):
             with self.dist.autocast():
                 on_real, on_fake, *augmented = net(*views)
 
-            losses = {"hinge": hinge_loss(on_real, on_fake), "lecam": self.lecam(on_real, on_fake)}
+            losses = {"hinge": hinge_loss(on_real, on_fake), "lecam": self.lecam(on_real, on_fake, share)}
             loss = cfg.adv_weight * (losses["hinge"] + cfg.lecam * losses["lecam"])
             if augmented:
                 losses["consistency"] = F.mse_loss(torch.cat([on_real, on_fake]), torch.cat(augmented))
@@ -998,7 +999,7 @@ def convert(cfg: Config, dist: Dist) -> None:
     out = dist.make_out_dir(cfg.out) / "ckpt.pt"
     if out.exists():
         dist.die(f"{out} is there already; give another --out")
-    cfg = replace(cfg, **asdict(found), targets=",".join(model.aux) or "none")
+    cfg = replace(cfg, **asdict(found), targets=",".join(model.aux) or "none", data="")
     dist.save(out, {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict(),
                     "latent_statistics": statistics})
     dist.print(f"{path} -> {out}: {found}, latents {statistics}")
