@@ -479,7 +479,7 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
     images = dist.rank0_first(lambda: ImageSet(data, tok.size, "train", cfg.out))
     dist.print(f"{data}: {images.describe()}")
     if tok.images and tok.images != images.fingerprint:
-        dist.print("warning: the tokenizer was trained on other images than those of --data", data)
+        dist.print("warning: the tokenizer was trained on other images than", images.data)
     if len(empty := np.delete(images.classes, images.labels)):
         dist.print("warning: no training images, so no samples, of", ", ".join(empty[:20]))
     return tokenizer, images, init
