@@ -2238,7 +2238,7 @@ def test_budgets_and_what_the_readme_counts_and_quotes():
     """Lines, bytes, imported names; the README's line counts; each of its Python blocks is code that is there."""
     sources = {path.stem: path.read_text().splitlines() for path in HERE.glob("*.py")}
     assert sources.keys() == {*STAGES, "test_all"} and len(sources["test_all"]) <= 2295
-    assert sum(len(sources[name]) for name in STAGES) <= 3546
+    assert sum(len(sources[name]) for name in STAGES) <= 3543
     assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 186_800
     assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 1157
     for name, source in sources.items():
@@ -2279,7 +2279,7 @@ def test_every_command_of_the_readme_runs(cache, made_weights):
 
 # Numbers of the README that are not ours: the paper's; then settings, versions, and limits that a test states
 NOT_OURS = """0.67 24.47 0.85 5.78 0.48 5.69 1.22 22.17 1.75 18.17 1.15 17.18 2.43 13.54 0.89 6.24 23.61 2.31 1.67 40 60
-0.75 2.0 1.0 3.0 45 90 1 2.13.0 0.4.0 2.9.1 2.14.1 2.11 3.10 3.11 3.13 3.2 3.3 3.1 171.9 2.9 13.73 6.27 2603.05630"""
+0.75 2.0 4.0 1.0 3.0 45 90 1 2.13.0 0.4.0 2.9.1 2.14.1 2.11 3.10 3.11 3.13 3.2 3.3 3.1 171.9 2.9 13.73 6.27 2603.05630"""
 
 def test_numbers_in_the_readme_are_in_the_results():
     """Each decimal number or percentage outside code rounds a value in results/, or stands above; rows with a spread, too."""
