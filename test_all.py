@@ -179,10 +179,11 @@ def test_adversarial_terms_and_the_image_loss_agree_with_official(name):
     """Hinge, LeCam, DiffAugment; then adaptive weight and both objectives, with the small networks of the golden."""
     t, _, case = golden(name)
     close(tokenizer.hinge_loss(t["logits_real"], t["logits_fake"]), t["hinge_d"])
-    lecam = tokenizer.LeCam(ONE)
+    lecam, halves = tokenizer.LeCam(ONE), tokenizer.LeCam(ONE)  # the second in two micro-batches
     for real, fake, means, value in zip(t["lecam_real"], t["lecam_fake"], t["lecam_ema"], t["lecam_reg"]):
         close(lecam(real, fake), value)
-        close(lecam.means, means)
+        [halves(real, fake, 0.5) for _ in range(2)]
+        close(torch.cat([lecam.means, halves.means]), means.repeat(2))
     augment, color = partial(tokenizer.augment, t["aug_x"]), t["aug_u"]
     for i, operation in enumerate(("brightness", "saturation", "contrast")):
         alone = torch.full_like(color, 0.5)  # the middle of each range changes nothing
@@ -1244,7 +1245,6 @@ def server(tmp_path):
     """Serves the folder `served`; the first answer for a name in `broken` stops half way."""
     broken, served = set(), tmp_path / "served"
     served.mkdir()
-
     class Handler(http.server.SimpleHTTPRequestHandler):
         def copyfile(self, source, outputfile):
             content, name = source.read(), Path(self.path).name
@@ -1258,7 +1258,6 @@ def server(tmp_path):
 def test_named_sets_are_downloaded_checked_and_read(server, tmp_path, monkeypatch):
     served, url, _ = server
     monkeypatch.setenv("MAETOK_CACHE", str(tmp_path / "cache"))
-
     def publish(name, archive, members: dict[str, bytes]):
         with tarfile.open(served / archive, "w:gz") as tar:
             for member, content in members.items():
@@ -1431,12 +1430,10 @@ def test_twenty_thousand_classes_are_listed_at_once(monkeypatch):
 def test_packing_that_is_cut_while_the_folder_changes_holds_one_listing(cache, monkeypatch):
     root, honest, count = make_folder("x", 100), data.read_image, itertools.count()
     monkeypatch.setattr(data, "shard_length", lambda size: 40)
-
     def cut(path, size):
         if next(count) % 120 == 119:
             raise KeyboardInterrupt
         return honest(path, size)
-
     monkeypatch.setattr(data, "read_image", cut)
     for change in (None, "add", "remove"):
         if change == "add":
@@ -1768,6 +1765,7 @@ def test_a_finished_run_goes_on_at_a_constant_rate(made):
             refused(more, "--steps 6 --out cosine", message="made with steps 3, now 6")
         else:
             [more("--steps 6 --out", out) for out in ("constant", "whole")]
+            refused(more, "--steps 2 --out constant", message="ckpt.pt has more than --steps 2")
     assert_same("whole", "constant", "ckpt.pt", "log.jsonl")
 
 @pytest.mark.parametrize("line, message", [
@@ -2104,7 +2102,9 @@ MISTAKES = {
     "tokenizer --steps 0": "--steps 0 must be at least 1", "tokenizer --lr nan": "--lr nan must be at least 0",
     "diffusion --seed -1": "--seed -1 must be at least 0", "diffusion --guidance-high 2": "--guidance-high",
     "sample --guidance 0.5": "--guidance 0.5 must be at least 1", "sample --model none.pt": "none.pt: no such file",
-    "sample --model x.safetensors": "a released SiT needs --tokenizer",
+    "sample --model x.safetensors": "a released SiT needs --tokenizer", "diffusion --tokenizer converted/ckpt.pt": "give --data",
+    "sample --model OUT/diffusion/ckpt.pt --out OUT/diffusion": "diffusion holds settings.json",
+    "tokenizer --stage2-only --init converted/ckpt.pt --out converted": "converted holds the ckpt.pt of something else",
     "sample --model OUT/diffusion/ckpt.pt --tokenizer OUT/tokenizer/ckpt.pt --guide none.pt": "none.pt: no such file",
     "sample --model OUT/diffusion/ckpt.pt --tokenizer OUT/tokenizer/ckpt.pt --labels unicorn": "'unicorn' is none of",
     "sample --model OUT/diffusion/ckpt.pt --tokenizer strange/ckpt.pt": "is not the tokenizer that",
@@ -2118,14 +2118,14 @@ def mistakes_folder(tmp_path_factory, chain):
     at = tmp_path_factory.mktemp("mistakes")
     make_folder(at / "mixed", 2)
     Image.new("RGB", (9, 9)).save(at / "mixed/loose.png")
-    for name in ("empty", "damaged", "other", "strange", "offline"):
+    for name in ("empty", "damaged", "other", "offline"):
         (at / name).mkdir()
-    whole = (chain / "tokenizer/ckpt.pt").read_bytes()
-    (at / "damaged/ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    (at / "damaged/ckpt.pt").write_bytes((chain / "tokenizer/ckpt.pt").read_bytes()[:20_000])
     shutil.copy(chain / "diffusion/ckpt.pt", at / "other")
     state = torch.load(chain / "tokenizer/ckpt.pt")
     state["ema"]["to_latent.bias"] += 1
     ONE.save(at / "strange/ckpt.pt", state)
+    ONE.save(at / "converted/ckpt.pt", state | {"config": state["config"] | {"data": ""}, "step": None})
     return at
 
 @pytest.mark.parametrize("line", MISTAKES)
