@@ -492,7 +492,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     socket.setdefaulttimeout(60)
     bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
     with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
-        # It raises when the connection ends early
+        # It raises if the connection ends early
         urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
         if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")
@@ -520,7 +520,7 @@ class ImageSet:
 
     def __init__(self, data: str, size: int, split: str, out: str = ""):
         keep_outside(out, data)
-        self.data = str(Path(data).absolute()) if Path(data).exists() else data
+        self.data = data if data in DATASETS else str(Path(data).expanduser().absolute())
         folder = prepare(data, size)
         with reading(folder, "a whole packed data set"):
             meta = json.loads((folder / "packed.json").read_text())

@@ -1149,8 +1149,9 @@ def test_shapes_are_a_pure_function_and_batches_share_them_out(cache):
     """Also: a linear model on the pixels knows a little, not all. Batches cover an epoch, disjoint across processes."""
     x, y = data.render_shapes(np.arange(40), 32)
     assert torch.equal(data.render_shapes(np.array([17, 3]), 32)[0], x[[17, 3]])
+    make_folder("shapes", 1)  # the name wins, also in later stages
     train, val = both("shapes", 32)
-    assert (len(train), len(val), train.classes) == (20_000, 2_000, list(data.SHAPES))
+    assert (len(train), len(val), train.classes, train.data) == (20_000, 2_000, list(data.SHAPES), "shapes")
     assert torch.equal(train[np.arange(40)], x) and torch.equal(train.labels[:40], y)
     pixels = [data.to_float(s[np.arange(n)]).flatten(1) for s, n in ((train, 8000), (val, 2000))]
     assert 0.15 < fid.linear_probe(pixels[0], train.labels[:8000], pixels[1], val.labels, 10, iterations=20) < 0.45
@@ -1775,7 +1776,6 @@ def test_a_finished_run_goes_on_at_a_constant_rate(made):
 def test_a_batch_that_does_not_fit_is_one_line_with_advice(monkeypatch, line, message):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
     monkeypatch.setattr(sys.modules[line.split()[0]], "main", full)
     refused(call, line, message=message)
 
