@@ -238,7 +238,7 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
 # ---- Folders of images
 # Links are followed; to folders in two levels. Hidden names and what systems leave are passed over.
 # Files that are no images, and folders beside the splits, are left out and named.
-#   Splits: train or training; val, valid, validation, dev, eval, test or testing; in any case.
+#   Splits: train, training; val, valid, validation, dev, eval, test, testing; also Train2017.
 #   A train/ beside other folders of images but no validation split is a class. Without a
 #   validation split one image in twenty is taken, by the hash of its name; each class keeps one.
 #   Classes: the folders of a split, or at the top, also empty ones. Loose images are one
@@ -248,7 +248,7 @@ def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, 
 FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TIFF WEBP"
 SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
-# Hidden names, and folders that systems leave
+SPLITS = ("train", "training"), ("val", "valid", "validation", "dev", "eval", "test", "testing")
 DEBRIS = re.compile(r"\..*|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -261,14 +261,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
-    """Deep grey -> 8 bits, by the tags of a TIFF. Only a file of up to 16 bits says what is white.
+    """Deep grey -> 8 bits. A file of up to 16 bits says what is white, by the tags of a TIFF.
 
-    In others it is the least of 1, 255, 65535 that holds the values: it may differ from file to
-    file of one camera.
+    In others it is the least of 1, 255, 65535 that holds the values: it may differ by file.
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
     declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
-    whites = [declared] if image.mode.startswith("I;16") else [1, 255, 65535, x.max()]
+    known = "I;16" in image.mode or (image.mode, image.format) == ("I", "PPM")
+    whites = [declared] if known else [1, 255, 65535, x.max()]
     white = next(white for white in whites if x.max() <= white)
     if tags.get(262) == 0:  # white is zero; Pillow knows it of 8 bits only
         x = white - x
@@ -279,7 +279,7 @@ def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """uint8 size x size x 3, upright, on white; size 0 keeps that of the file."""
-    # By its path Pillow would map an upright TIFF as if it lay on its side
+    # By its path Pillow would map a TIFF as if it lay on its side
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if max(image.size) > 1000 * min(image.size):
             raise ValueError("too long a strip")
@@ -287,7 +287,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         image.load()  # the first frame
         with suppress(Exception):  # the tag may be damaged
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "L" and "transparency" in image.info:  # Pillow scales the grey only
             image.info["transparency"] *= {";2": 85, ";4": 17}.get(bits, 1)
         if image.mode[0] in "IF":
@@ -336,18 +336,19 @@ def list_folder(root: Path) -> Listing:
     """What a folder means. files: (path below root, label), training images first."""
     if not root.is_dir():
         die(f"--data {root}: no such folder of images, and none of {', '.join(DATASETS)}")
-    if (root / "packed.json").exists():
-        die(f"--data {root} is packed already")
     paths, others = find_images(root)
     paths = sorted(path.removeprefix(os.path.join(root, "")) for path in paths)
     tops = sorted({path.split(os.sep)[0] for path in paths if os.sep in path})
-    splits = [next((top for name in names.split() for top in tops if top.lower() == name), None)
-              for names in ("train training", "val valid validation dev eval test testing")]
+    splits = [next((top for name in names for top in tops
+                    if top.lower().rstrip("0123456789") == name), None) for names in SPLITS]
     if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
         say(f"{root}: only {tops[0]}/ holds images")
         return list_folder(root / tops[0])
     if not splits[0] or not splits[1] and len(tops) > 1:
         splits = ["", None]  # the top folders are classes
+        inner = {part for path in paths for part in path.lower().split(os.sep)[1:-1]}
+        if all(inner.intersection(names) for names in SPLITS):
+            die(f"--data {root}: splits lie inside {tops[0]}/: put them above the classes")
 
     rows = {split: [] for split in splits}  # (path, class, or "" of a loose image)
     for path in paths:
@@ -357,21 +358,18 @@ def list_folder(root: Path) -> Listing:
         else:
             others.append(f"images in {top}/" if parts else "loose images")
     train, val = rows.values()
-    counts = sorted(Counter(others).items())
-    left_out = shorten([f"{n} {name}" for name, n in counts]) or "nothing"
+    left_out = shorten([f"{n} {name}" for name, n in sorted(Counter(others).items())]) or "nothing"
     if not train:
         die(f"--data {root}: no images found below it; left out: {left_out}")
-    folders = [path.name for path in (root / splits[0]).iterdir() if path.is_dir()]
-    if not any(name for _, name in train):
-        folders = [""]  # loose images
-    folders = sorted(name for name in folders if not DEBRIS.fullmatch(name))
-    number = {name: i for i, name in enumerate(folders)}
+    inside = os.scandir(root / splits[0]) if any(name for _, name in train) else ()
+    names = sorted(at.name for at in inside if at.is_dir() and not DEBRIS.fullmatch(at.name))
+    number = {name: i for i, name in enumerate(names or [""])}  # or loose images
     for path, name in train + val:
         if name not in number:
             die(f"--data {root}: {path} lies in no class folder of training images; each "
-                "split needs the same class folders, without images beside them, or none")
+                "split needs the same class folders, and no images beside them")
 
-    if not val:  # one in twenty
+    if not val:
         by_hash = sorted(train, key=lambda row: sha256(os.fsencode(row[0])).digest())
         kept = {name: path for path, name in by_hash}
         val = [(path, name) for path, name in by_hash if path != kept[name]]
@@ -400,7 +398,7 @@ def store(out, size, classes, labels, n_train, made_of, make):
     labels = np.where(readable, np.array(labels, np.int64), -1)
     unreadable = n - readable.sum()
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
-        shutil.rmtree(out / "images")  # all files are read and named again
+        shutil.rmtree(out / "images")  # all are read and named again
         die(f"{unreadable} of {n} images are unreadable, too many or all of a split: mend or remove them")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
@@ -468,7 +466,7 @@ def pack_imagenette(size: int, out: Path):
 
 DATASETS = {"shapes": pack_shapes, "cifar10": pack_cifar10, "imagenette": pack_imagenette}
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d6"  # the start of it
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d6"
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
 IMAGENETTE_SHA256 = "569b4497c98db6dd29f335d1f109cf31"
 
@@ -479,8 +477,8 @@ def unpacked(name: str, url: str, digest: str) -> Path:
         archive = download(url, cache_dir() / Path(url).name, digest)
         part = Path(f"{folder}.{os.getpid()}.part")
         with reading(archive, f"the archive of {name}"):
-            shutil.unpack_archive(archive, part)  # what it holds is known by its hash
-        with suppress(OSError):  # another process may have been first
+            shutil.unpack_archive(archive, part)  # its hash vouches for it
+        with suppress(OSError):  # another process may be first
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -498,9 +496,9 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
             raise OSError(f"invalid hash, not {digest}")
     return path
 
-@cache  # a large folder is listed once in a process
+@cache  # a large folder is listed once
 def prepare(data: str, size: int) -> Path:
-    """The packed folder of a data set, made in the cache if need be."""
+    """A data set's packed folder, made in the cache if need be."""
     root = Path(data).expanduser().absolute()
     if (root / "packed.json").is_file():
         return root

@@ -620,7 +620,7 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     net = Classifier(len(images.classes)).to(dist.device)
     if dist.is_main:
         if not path.exists():
-            dist.print("training a small classifier that scores images, once for this data set")
+            dist.print("training a small classifier for scores, once for this data set")
             alone = replace(dist, world_size=1)
             trained = train_classifier(images, alone, seed)
             _, (trained.mean, trained.cov) = trained.score(images, dist=alone)
@@ -737,7 +737,7 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
         if min(len(images), len(b["features"])) > 3:
             row["precision"], row["recall"] = precision_recall(b["features"], a["features"])
         else:
-            dist.print("precision and recall need more than 3 images in each set: left out")
+            dist.print("precision and recall need more than 3 images in each set")
     n = {"n": len(reference)} if reference and "mu" not in statistics else {}
     b |= n | statistics  # of the whole set, unlike its images
     row["n_reference"] = int(b["n"]) if "n" in b else None
@@ -779,7 +779,7 @@ def score(cfg: Config, dist: Dist):
             if n <= (d := judge.net.width):
                 dist.print(f"{n} images, no more than {d} features: fd_classifier is too high")
         else:
-            dist.print(f"{data} has one class only: no fd_classifier, which needs labels")
+            dist.print(f"{data} has one class only: no fd_classifier")
 
     dist.print(json.dumps(rows, indent=1))  # also if it cannot be written
     dist.make_out_dir(out.parent)
