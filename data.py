@@ -113,7 +113,7 @@ class Shards:
         self.arrays = []
         for path in paths:
             array = np.load(path, mmap_mode="r")
-            # torch's map, unlike numpy's, keeps none of thousands of files open
+            # torch's map, unlike numpy's, holds no file open
             x = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8).numpy()
             self.arrays.append(x[array.offset:].view(array.dtype).reshape(array.shape))
         self.shape = sum(map(len, self.arrays)), *self.arrays[0].shape[1:]
@@ -432,7 +432,8 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, cached:
     return out
 
 def keep_outside(out, data):
-    if out and data and Path(out).resolve().is_relative_to(Path(data).expanduser().resolve()):
+    inside = out and data and Path(out).resolve().is_relative_to(Path(data).expanduser().resolve())
+    if inside and data not in DATASETS:
         die(f"--out {out} lies inside --data {data}: its pictures would become data")
 
 # ---- Data sets by name. To add one: a function that stores it, and its line in DATASETS.
@@ -478,7 +479,7 @@ def unpacked(name: str, url: str, digest: str) -> Path:
         part = Path(f"{folder}.{os.getpid()}.part")
         with reading(archive, f"the archive of {name}"):
             shutil.unpack_archive(archive, part)  # its hash vouches for it
-        with suppress(OSError):  # another process may be first
+        with suppress(OSError):  # another may be first
             part.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -500,7 +501,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
 def prepare(data: str, size: int) -> Path:
     """A data set's packed folder, made in the cache if need be."""
     root = Path(data).expanduser().absolute()
-    if (root / "packed.json").is_file():
+    if data not in DATASETS and (root / "packed.json").is_file():
         return root
     out = cache_dir() / f"{data}-{size}px"
     if data not in DATASETS:
@@ -631,7 +632,7 @@ def parse_config(config: type, presets: dict, doc: str, argv: list | None = None
     say(parser.prog, preset, values)
     return cfg
 
-# Each purpose has a stream of its own
+# A purpose's stream; 6 serves numpy and torch
 STREAMS = {"epoch": 1, "mirror": 2, "mask ratio": 3, "mask": 4, "mask, stage 2": 5,
            "augmentation": 6, "sampling noise": 6, "training noise": 7, "labels": 8,
            "classifier noise": 9}

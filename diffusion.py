@@ -165,7 +165,7 @@ def sample_ode(velocity: Callable, noise: Tensor, steps: int, heun: bool = False
     for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
         v = velocity(x, t)  # points from data to noise
         if heun and t_next > 0:
-            # Mean of the slopes at both ends. One gate opens both, as officially
+            # Mean of both slopes; t decides on guidance at both, as released
             v = (v + velocity(x + (t_next - t) * v, t_next, gate=t)) / 2
         x = x + (t_next - t) * v  # t falls, so the step is against v
     return x
@@ -261,7 +261,7 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
         return torch.cat(z).numpy()
 
     made_of = made_of | {"precision": dist.precision}
-    length = 1000 // batch * batch  # Linux maps at most 65,530 files
+    length = 1000 // batch * batch  # few files: Linux maps 65,530
     rows = make_shards(folder, len(images), length, encode, made_of, dist, "encoding")
     # Mean and deviation of each channel
     flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
@@ -505,8 +505,8 @@ def main(cfg: Config, dist: Dist) -> None:
     tokenizer, images, init = open_inputs(cfg, dist)
     classes, weights = images.classes, fingerprint(tokenizer.state_dict())
     made_of = {"tokenizer_weights": weights, "images": images.fingerprint}
-    begun = Path(cfg.out, "ckpt.pt").exists()  # then its pictures and steps stay
-    stale = ("metrics.json", "samples.png", "step-*.pt")[:1 if begun else 3]
+    begun = Path(cfg.out, "ckpt.pt").exists()  # its pictures and steps stay
+    stale = ["metrics.json"] + ["samples.png", "step-*.pt"] * (not begun)
     out = dist.make_out_dir(cfg.out, cfg, made_of, stale)
     latents = encode_dataset(tokenizer, images, out / "latents", made_of, dist)
 

@@ -3,7 +3,7 @@
     torchrun sample.py  # -> out/samples/samples.npz, grid.png
     torchrun --nproc_per_node=8 sample.py --num-samples 50000
 
-Sample i depends only on weights, settings and (seed, i), not on batch size or process count.
+Sample i depends on weights, settings and (seed, i) alone; batch size may change its rounding.
 """
 import json  # noqa: I001
 import shutil
@@ -79,9 +79,9 @@ def save_npz(path: Path, images: Shards, **arrays) -> None:
 def load_models(cfg: Config, dist: Dist) -> tuple:
     """(model, settings, what else is stored, tokenizer, guide)"""
     model, trained, meta = load_diffusion(cfg.model, dist.device, cfg.tokenizer)
-    # It may have moved: look as seen from its model, then where it lay
+    # The tokenizer may have moved: look beside the model first
     places = [Path(cfg.model).parent / meta["tokenizer"][0], Path(meta["tokenizer"][-1])]
-    for path in [cfg.tokenizer] if cfg.tokenizer else sorted(places, key=lambda p: not p.exists()):
+    for path in [cfg.tokenizer] if cfg.tokenizer else [p for p in places if p.exists()] or places[:1]:
         tokenizer, _ = load_tokenizer(path, dist.device)
         if fingerprint(tokenizer.state_dict()) == meta["tokenizer_weights"]:
             break

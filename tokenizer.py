@@ -263,8 +263,7 @@ class Tokenizer(nn.Module):
 
     def encode(self, image, mask=None):
         """Images -> latents; of a VAE, their mean."""
-        h = self.to_latent(self.encoder(image, mask))
-        return h.chunk(2, -1)[0] if self.variational else h
+        return self.to_latent(self.encoder(image, mask)).chunk(1 + self.variational, -1)[0]
 
     def decode(self, h):
         """Latents -> images, not clamped."""
@@ -287,7 +286,7 @@ class Tokenizer(nn.Module):
 # ---- Crops, masks and targets
 
 def random_crop(x: Tensor, size: int, batch: int, mine: slice, rng: np.random.Generator) -> Tensor:
-    """As released: resize each image to a random side from S to that of x, crop S x S."""
+    """Resize each square image to a random side from S to that of x, crop S x S."""
     sides = rng.integers(size, x.shape[-1] + 1, batch)
     places, crops = rng.integers(0, sides - size + 1, (2, batch)), []
     for image, side, (top, left) in zip(x, sides[mine], places.T[mine]):
@@ -355,7 +354,7 @@ def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Ta
     """Patch features of a frozen network."""
     net = (cached_classifier(images, dist, cfg.out, seed=1)  # the evaluation uses seed 0
            if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
-    dist.compiled(net, cfg.compile)  # patch_features calls it
+    dist.compiled(net, cfg.compile)  # for a ViT's forward
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
@@ -382,7 +381,7 @@ def image_loss(recon, x, lpips) -> dict[str, Tensor]:
     return losses
 
 def adaptive_weight(grad_nll, grad_adv, hidden, patch: int, dist: Dist) -> Tensor:
-    """|d (L_recon + lambda1 L_percep) / dW| / |d L_adv / dW|, at most 1e4.
+    """|d (L_recon + lambda1 L_percep) / dW| / |d L_adv / dW| of a micro-batch.
 
     W is the decoder's last matrix. Its gradient is the product of the gradient at the pixels,
     B x 3 x S x S, and its input `hidden`, B x N x D.
@@ -477,7 +476,7 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [our
     "clip": 1.0, "ema": 0.9999,  # [code]
     "log_every": 100, "save_every": 500, "rfid": True,  # [ours]
     "compile": torch.cuda.is_available()}
-RELEASED = PAPER | {  # all [code]: its yaml, where that is not the paper
+RELEASED = PAPER | {  # [code]: its yaml, where that is not the paper; no stage 2
     "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
     "lr": 2e-4,  # 1e-4 * batch / 256
     "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs
@@ -607,7 +606,7 @@ def restore(state: dict, model: nn.Module, ema: Ema, optimizers: list) -> int:
         return state["step"]
 
 def stretch(table: Tensor, rows: int) -> Tensor:
-    """Positions 1 x (1 or 0 + grid) x D for a grid of another side."""
+    """Resize positions, 1 x ([class +] N) x D, to another grid."""
     old, new = math.isqrt(table.shape[1]), math.isqrt(rows)
     first, grid = table.split([table.shape[1] - old**2, old**2], 1)
     grid = F.interpolate(grid.mT.unflatten(2, (old, old)), (new, new), mode="bicubic")
@@ -822,7 +821,7 @@ class GroupedBatchNorm(nn.BatchNorm1d):
     """Batch norm of B x C x T over groups of at most 8 images, also in evaluation."""
 
     def forward(self, x):
-        groups = x.float().chunk(math.ceil(len(x) / 8))  # of one size: 12 images are 6 + 6
+        groups = x.float().chunk(math.ceil(len(x) / 8))  # about equal: 12 are 6 + 6
         norm = partial(F.batch_norm, weight=self.weight, bias=self.bias, training=True, eps=self.eps)
         return torch.cat([norm(group, None, None) for group in groups])
 
