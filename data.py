@@ -150,10 +150,10 @@ def make_shards(folder: Path, n: int, length: int, make: Callable, made_of: obje
 
 SHAPES = "ball", "box", "triangle", "star", "heart", "ring", "cross", "moon", "drop", "flower"
 
-def hash_uniform(seed: int, index: np.ndarray) -> Tensor:
-    """Uniform in [0, 1), B x 32: SplitMix64 of (seed, index, column)."""
+def hash_uniform(index: np.ndarray) -> Tensor:
+    """Uniform in [0, 1), B x 32: SplitMix64 of (index, column)."""
     x = index.astype(np.uint64)[:, None] * 32 + np.arange(32, dtype=np.uint64)
-    x = x + (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
+    x = x + 0x632BE59BD9B4E019
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> shift)) * factor
     x = (x ^ (x >> 31)) >> 40
@@ -181,11 +181,11 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
             0.86 * low < 0.5 * ax, hypot(ax, low), 0.86 * ax + 0.5 * low) - 0.6,
         "flower": lambda: 0.8 * (r - 0.68 - 0.2 * (5 * angle).cos())}[shape]()
 
-def render_shapes(index: np.ndarray, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def render_shapes(index: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
     """The built-in images, uint8 B x 3 x S x S, and labels in 0..9."""
     w = 2 * size  # averaged down at the end
     label = torch.from_numpy(index % len(SHAPES))
-    u = hash_uniform(seed, index)
+    u = hash_uniform(index)
     u[:, 10] = (u[:, 7] + 0.25 + 0.5 * u[:, 10]) % 1  # the ground is not of the object's hue
     u[:, 13] = (u[:, 10] + 0.3 * (u[:, 13] - 0.5)) % 1  # pairs of colours are alike
     u[:, 16] = (u[:, 7] + 0.24 * (u[:, 16] - 0.5)) % 1
@@ -386,14 +386,12 @@ def list_folder(root: Path) -> Listing:
 
 FORMAT = "MAETok images 1"
 
-def shard_length(size: int) -> int:
-    """At most 1,024 images, and 128 MB."""
-    return max(1, min(1024, 2**27 // (3 * size**2)))
+SHARD = 2**27  # bytes of a file, at most
 
 def store(out, size, classes, labels, n_train, made_of, make):
     """make(start, stop) returns uint8 n x S x S x 3; an unreadable image is zeros."""
-    n = len(labels)
-    rows = make_shards(out / "images", n, shard_length(size), make, made_of, Dist(), "packing")
+    n, length = len(labels), max(1, min(1024, SHARD // (3 * size**2)))
+    rows = make_shards(out / "images", n, length, make, made_of, Dist(), "packing")
     readable = np.concatenate([array.any((1, 2, 3)) for array in rows.arrays])
     labels = np.where(readable, np.array(labels, np.int64), -1)
     unreadable = n - readable.sum()
@@ -500,12 +498,11 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
 @cache  # a large folder is listed once
 def prepare(data: str, size: int) -> Path:
     """A data set's packed folder, made in the cache if need be."""
-    root = Path(data).expanduser().absolute()
-    if data not in DATASETS and (root / "packed.json").is_file():
-        return root
-    out = cache_dir() / f"{data}-{size}px"
     if data not in DATASETS:
-        return pack(root, size, cache_dir() / f"{root.name}-{size}px", cached=True)
+        root = Path(data).expanduser().absolute()
+        packed = (root / "packed.json").is_file()
+        return root if packed else pack(root, size, cache_dir() / f"{root.name}-{size}px", cached=True)
+    out = cache_dir() / f"{data}-{size}px"
     if not (out / "packed.json").exists():
         DATASETS[data](size, out)
     return out
@@ -714,11 +711,10 @@ class Dist:
             with model.no_sync() if wait else nullcontext():
                 yield slice(start, start + size), size / batch
 
-    def make_out_dir(self, path: str, cfg=None, made_of: dict | None = None, stale=()) -> Path:
-        """Make the folder of a run, remove `stale` results. Settings other than before end the run."""
+    def make_out_dir(self, path: str, cfg, made_of: dict | None = None, stale=()) -> Path:
+        """Store the settings of a run, remove `stale` results. Settings other than before end the run."""
         out, file = Path(path), Path(path) / "settings.json"
-        out.mkdir(parents=True, exist_ok=True)
-        if self.is_main and cfg:
+        if self.is_main:
             now = asdict(cfg) | (made_of or {})
             free = {f.name for f in fields(cfg) if f.metadata.get("free")}
             if getattr(cfg, "schedule", "") == "constant" and not hasattr(cfg, "stage2_steps"):

@@ -31,7 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 from data import (
-    Dist, ImageSet, Loader, cache_dir, die, download, find_images, launch,
+    DATASETS, Dist, ImageSet, Loader, cache_dir, download, find_images, launch,
     lr_schedule, option, read_image, reading, to_float, writing)
 
 # ---- Pretrained weights
@@ -363,10 +363,9 @@ def inception_score(logits: Tensor, block: int = 5000) -> float:
     """exp(mean KL(p(y|x) || p(y))) of blocks of the logits, n x classes, averaged."""
     scores = []
     for part in logits.split(block):
-        log_p = part.double().log_softmax(1)
-        p = log_p.exp()
-        mean = p.mean(0)
-        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(mean, mean).sum()).exp())
+        p = part.double().softmax(1)
+        entropy = torch.special.entr(p).sum(1).mean()
+        scores.append((torch.special.entr(p.mean(0)).sum() - entropy).exp())
     return torch.stack(scores).mean().item()
 
 def knn_radii(x: Tensor) -> Tensor:
@@ -612,7 +611,7 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     """The frozen classifier of a data set, kept in the cache, or in `out` if it is read-only."""
     # Seed 0 scores, seed 1 teaches the tokenizer: no network scores what it taught
     if len(images.classes) < 2:
-        die("a classifier needs two classes or more")
+        dist.die("a classifier needs two classes or more")
     path = cache_dir() / f"classifier-4-{seed}-{images.fingerprint}.pt"  # 4: its version
     if cache_dir().exists() and not os.access(cache_dir(), os.W_OK) and not path.exists():
         path = Path(out) / path.name
@@ -673,15 +672,15 @@ def open_set(name: str, size: int, dist: Dist) -> tuple:
     path = Path(name)
     if path.is_file():
         return open_npz(path)
-    packed = (path / "packed.json").is_file()
-    if path.is_dir() and not packed:
+    packed = name not in DATASETS and (path / "packed.json").is_file()
+    if name not in DATASETS and path.is_dir() and not packed:
         return open_folder(path), {}
     if not size and not packed:
-        die(f"{name}: no such file or folder; for a data set, give --size")
+        dist.die(f"{name}: no such file or folder; for a data set, give --size")
     return dist.rank0_first(lambda: ImageSet(name, size * (not packed), "train")), {}
 
 def open_folder(root: Path) -> LazyImages:
-    names = sorted(find_images(root)[0]) or die(f"{root}: no images found")
+    names = sorted(find_images(root)[0]) or Dist.die(f"{root}: no images found")
     pool, shape = ThreadPoolExecutor(os.cpu_count()), None
 
     def load(i):
@@ -713,8 +712,8 @@ def open_npz(path: Path) -> tuple:
                 np.lib.format.read_magic(file)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
                 pixels = np.memmap(file, dtype, "c", file.tell(), shape, "CF"[fortran])
-        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
-            raise ValueError("arr_0 is not uint8 n x S x S x 3")
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or not len(pixels):
+            raise ValueError("arr_0 is not uint8 n x S x S x 3, n above 0")
         if len(arrays.get("labels", pixels)) != len(pixels):
             raise ValueError(f"{len(arrays['labels'])} labels for {len(pixels)} images")
         arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
@@ -725,7 +724,7 @@ def inception_scores(cfg: Config, dist: Dist, images, reference, statistics: dic
     """FID, sFID, IS, precision, recall against reference images or statistics."""
     made_with = str(statistics.get("resize", cfg.resize))
     if made_with != cfg.resize:
-        die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that")
+        dist.die(f"{cfg.data} was made with --resize {made_with}, not {cfg.resize}: give that")
     net = load_inception(cfg.weights, dist, cfg.resize)
     if reference and images[np.arange(1)].shape != reference[np.arange(1)].shape:
         dist.print("A and B differ in size: both are resized to 299 px")
@@ -753,10 +752,10 @@ def score(cfg: Config, dist: Dist):
     """Samples against a data set -> metrics.json."""
     images, beside = open_set(cfg.samples, cfg.size, dist)
     if "mu" in beside:
-        die(f"{cfg.samples} holds statistics: give it second, as B")
+        dist.die(f"{cfg.samples} holds statistics: give it second, as B")
     size = cfg.size or images[np.arange(1)].shape[-1]
     meta, labels = beside.get("meta", {}), beside.get("labels")
-    data = cfg.data or meta.get("data") or die(f"{cfg.samples} does not name its data set: give --data")
+    data = cfg.data or meta.get("data") or dist.die(f"{cfg.samples} does not name its data set: give --data")
     name = "" if Path(cfg.samples).name == "samples.npz" else f"{Path(cfg.samples).name}."
     out = Path(cfg.out or Path(cfg.samples).absolute().with_name(name + "metrics.json"))
     n, rows = len(images), {"samples": {"images": len(images)}}
@@ -768,7 +767,7 @@ def score(cfg: Config, dist: Dist):
     if cfg.features != "fid":
         classes = list(train.classes)
         if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
-            die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(classes)} classes")
+            dist.die(f"{cfg.samples} has labels {labels.min()} to {labels.max()}, {data} has {len(classes)} classes")
         if list(beside.get("classes", classes)) != classes:
             dist.print(f"{cfg.samples} and {data} have other classes: class_accuracy is left out")
             labels = None
@@ -782,17 +781,15 @@ def score(cfg: Config, dist: Dist):
             dist.print(f"{data} has one class only: no fd_classifier")
 
     dist.print(json.dumps(rows, indent=1))  # also if it cannot be written
-    dist.make_out_dir(out.parent)
     dist.save(out, rows | {"against": data, "sampling": meta, "precision": dist.precision})
     dist.print(f"wrote {out}")
 
 def write_statistics(cfg: Config, dist: Dist):
     """Statistics of all images of a set, and up to 10,000 of them -> npz."""
-    images = open_set(cfg.samples, cfg.size, dist)[0] or die(f"{cfg.samples} holds no images")
+    images = open_set(cfg.samples, cfg.size, dist)[0] or dist.die(f"{cfg.samples} holds no images")
     net = load_inception(cfg.weights, dist, cfg.resize)
     stats = inception_statistics(net, images, dist, cfg.batch_size, every=len(images))
     del stats["features"], stats["logits"]
-    dist.make_out_dir(Path(cfg.out).parent)
     if dist.is_main:
         some = images[np.arange(0, len(images), math.ceil(len(images) / 10_000))]
         with writing(cfg.out) as file:
@@ -806,7 +803,7 @@ def compare_latents(cfg: Config, dist: Dist):
     dist, rows, latents = replace(dist, rank=0, world_size=1), {}, {}
     for path in cfg.samples.split(","):
         model, trained = load_tokenizer(path, dist.device)
-        data = cfg.data or trained.data or die("give --data: the tokenizer names none")
+        data = cfg.data or trained.data or dist.die("give --data: the tokenizer names none")
         train, val = (ImageSet(data, trained.size, split) for split in ("train", "val"))
         (z, y), (v, u) = (encode_dataset(model, images, dist) for images in (train, val))
         row = rows[path] = {"latents": list(z.shape[1:]), "data": data}
@@ -836,7 +833,7 @@ def compare_latents(cfg: Config, dist: Dist):
         rows[path]["diagonal_mixture_nll_per_dimension"] = gmm_nll_curve(
             z, v, dims, (1, 3, 10, 30, 100, 300), diagonal=True)
         dist.print(path, rows[path])
-    out = dist.make_out_dir(cfg.out) / "analysis.json"
+    out = Path(cfg.out) / "analysis.json"
     dist.save(out, {"dimensions": dims, "rows": rows})
     dist.print(f"wrote {out}")
 

@@ -132,7 +132,7 @@ def main(cfg: Config, dist: Dist) -> None:
         "training_steps": meta["step"], "precision": dist.precision, "batch_size": cfg.batch_size}
     for name, net in {"weights": model, "guide": guide, "tokenizer_weights": tokenizer}.items():
         made_of[name] = net and fingerprint(net.state_dict(), "")
-    out = dist.make_out_dir(cfg.out)
+    out = Path(cfg.out)
     for name in ("settings.json", "metrics.json", "grid.png", "png"):
         if dist.is_main and (out / name).exists() and not (out / "samples.npz").exists():
             die(f"{out} holds {name}, which sample.py did not write: give another --out")

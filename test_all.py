@@ -1221,7 +1221,7 @@ def test_packing_goes_on_where_it_was_cut_and_memory_does_not_grow(monkeypatch):
         if len(seen) == 250:
             raise KeyboardInterrupt
         return honest(path, size)
-    monkeypatch.setattr(data, "shard_length", lambda size: 100)
+    monkeypatch.setattr(data, "SHARD", 100 * 3 * 8**2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "read_image", cut)
         data.pack(root, 8, "out", 1)
@@ -1231,7 +1231,7 @@ def test_packing_goes_on_where_it_was_cut_and_memory_does_not_grow(monkeypatch):
     data.pack(root, 8, "whole")
     assert len(before) == 2 and before.items() <= times("out").items()
     assert_same("whole", "out", "images", "labels.npy", "packed.json")
-    monkeypatch.setattr(data, "shard_length", lambda size: 20)
+    monkeypatch.setattr(data, "SHARD", 20 * 3 * 160**2)
     for i, n in enumerate((60, 60, 240)):  # the first time also loads code
         make_folder(f"folder {i}", n, ("all",))
         tracemalloc.start()
@@ -1428,7 +1428,7 @@ def test_twenty_thousand_classes_are_listed_at_once(monkeypatch):
 
 def test_packing_that_is_cut_while_the_folder_changes_holds_one_listing(cache, monkeypatch):
     root, honest, count = make_folder("x", 100), data.read_image, itertools.count()
-    monkeypatch.setattr(data, "shard_length", lambda size: 40)
+    monkeypatch.setattr(data, "SHARD", 40 * 3 * 16**2)
     def cut(path, size):
         if next(count) % 120 == 119:
             raise KeyboardInterrupt
@@ -1696,14 +1696,14 @@ def test_fid_command_line(made_weights, cache):
     a, b = (np.random.default_rng(n).integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for n in (6, 7))
     np.savez("a.npz", arr_0=a)
     np.savez_compressed("b.npz", arr_0=b)
-    Path("folder").mkdir()
+    [Path(name).mkdir() for name in ("folder", "shapes")]
     [Image.fromarray(pixels).save(f"folder/{i}.png") for i, pixels in enumerate(b)]
     flags = f"--weights {made_weights} --batch-size 5 --resize pytorch-fid --out"
     script("fid stats folder", flags, "ref.npz", processes=2)
     z = content_of("ref.npz")
     assert z["mu"].shape == (2048,) and z["sigma_s"].shape == (2023, 2023) and np.array_equal(z["arr_0"], b)
     for name, mean in {"only": {"mu": z["mu"]}, "nan": {"mu": z["mu"] * np.nan}, "narrow": {"mu": z["mu"][:64]}, "half": {},
-                       "adm": {"mu": z["mu"], "arr_0": b[:5]}}.items():
+                       "adm": {"mu": z["mu"], "arr_0": b[:5]}, "none": {"arr_0": b[:0]}}.items():
         np.savez(f"{name}.npz", sigma=z["sigma"], resize="pytorch-fid", **mean)
     call("fid a.npz b.npz", flags, "1.json")
     script("fid a.npz ref.npz", flags, "2.json", processes=2)
@@ -1715,8 +1715,8 @@ def test_fid_command_line(made_weights, cache):
         assert second[key] == pytest.approx(first[key], rel=1e-3), key
         assert third.get(key) == (pytest.approx(first[key], rel=1e-3) if key in ("fid", "inception_score") else None)
     Image.new("RGB", (9, 9)).save("folder/odd.png")
-    for line, message in {"a.npz folder": "another size; data.py makes one size", "a.npz nan.npz": "finite",
-                          "folder/odd.png a.npz": "is not an npz file", "ref.npz a.npz": "give it second, as B",
+    for line, message in {"a.npz folder": "another size; data.py makes", "a.npz nan.npz": "finite", "shapes a.npz": "give --size",
+                          "folder/odd.png a.npz": "is not an npz file", "none.npz a.npz": "above 0", "ref.npz a.npz": "give it second",
                           "a.npz narrow.npz": "of the right size", "a.npz half.npz": "mu is missing"}.items():
         refused(call, "fid", line, flags, "4.json", message=message)
 

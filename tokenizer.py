@@ -369,13 +369,9 @@ TARGETS = {
 
 # ---- The image loss
 
-def pixel_error(recon, x) -> Tensor:
-    """L_recon of Eq. 6."""
-    return F.mse_loss(recon, x)
-
 def image_loss(recon, x, lpips) -> dict[str, Tensor]:
     """L_recon and L_percep of Eq. 6. L_adv is Adversary.generator_loss."""
-    losses = {"recon": pixel_error(recon, x)}
+    losses = {"recon": F.mse_loss(recon, x)}
     if lpips:
         losses["lpips"] = lpips(recon, x).mean()
     return losses
@@ -995,7 +991,7 @@ def convert(cfg: Config, dist: Dist) -> None:
         with reading(about, "the config of a released tokenizer"):
             meta = json.loads(about.read_text())
             statistics = {k: meta[f"vq_{k}"] for k in ("mean", "std") if f"vq_{k}" in meta}
-    out = dist.make_out_dir(cfg.out) / "ckpt.pt"
+    out = Path(cfg.out) / "ckpt.pt"
     if out.exists():
         dist.die(f"{out} is there already; give another --out")
     cfg = replace(cfg, **asdict(found), targets=",".join(model.aux) or "none", data="")

@@ -28,7 +28,7 @@ def our_half(cfg, what: str, x, y):
 
         def loss(network):
             mask = tokenizer.random_mask(len(x), cfg.settings.tokens()[0], 0.5, generator)
-            return tokenizer.pixel_error(network(x, mask)["recon"], x)
+            return tokenizer.image_loss(network(x, mask)["recon"], x, None)["recon"]
     else:
         model = diffusion.SiT(128, 32, 1000, *cfg.sit)
 
