@@ -51,6 +51,8 @@ def say(*text: object):
         with tqdm.external_write_mode():
             print(*text, flush=True)
 
+say_once = cache(say)
+
 def one_line(error: Exception) -> str:
     # torch.save hides what the system said
     system = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
@@ -249,7 +251,7 @@ FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TI
 SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
 SPLITS = ("train", "training"), ("val", "valid", "validation", "dev", "eval", "test", "testing")
-DEBRIS = re.compile(r"\..*|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
+DEBRIS = re.compile(r"\.(?!\.).*|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's: boxes while it is twice too large, then bicubic; the centre."""
@@ -263,13 +265,17 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
     """Deep grey -> 8 bits. A file of up to 16 bits says what is white, by the tags of a TIFF.
 
-    In others it is the least of 1, 255, 65535 that holds the values: it may differ by file.
+    In others the least of 1, 255, 65535 that holds the values, file by file.
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+    if x.min() < 0:
+        raise ValueError("it has negative values")
     declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
     known = "I;16" in image.mode or (image.mode, image.format) == ("I", "PPM")
     whites = [declared] if known else [1, 255, 65535, x.max()]
-    white = next(white for white in whites if x.max() <= white)
+    white = next(white for white in whites if x.max() <= 1.1 * white)
+    if x.max() < white / 16:
+        say_once("warning: dark images, with values far below", white)
     if tags.get(262) == 0:  # white is zero; Pillow knows it of 8 bits only
         x = white - x
     grey = Image.fromarray((x * (255 / white)).round().clip(0, 255).astype(np.uint8))
@@ -285,7 +291,10 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             raise ValueError("too long a strip")
         bits = str(image.tile[0][3])[-2:] if image.tile else ""
         tags = getattr(image, "tag_v2", {})  # of a TIFF
-        image.load()  # the first frame
+        with suppress(Exception):  # some formats lack it
+            if image.is_animated:
+                say_once("of animations and pages the first picture is taken")
+        image.load()
         with suppress(Exception):  # the tag may be damaged
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "L" and "transparency" in image.info:  # Pillow scales the grey only
@@ -294,6 +303,8 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             image = to_8_bits(image, tags)
         if image.has_transparency_data:
             image = image.convert("RGBA")
+            if not image.getextrema()[3][1]:
+                say_once("warning: transparent images are white")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         return np.array(center_crop(image, size) if size else image)
@@ -330,6 +341,9 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
             others.append(suffix or name if entry.is_file() else f"{path!r} (no file)")
     return images, others
 
+def count(others: list) -> str:
+    return shorten([f"{n} {name}" for name, n in sorted(Counter(others).items())]) or "nothing"
+
 Listing = namedtuple("Listing", "root classes n_train files summary")
 
 def list_folder(root: Path) -> Listing:
@@ -342,13 +356,14 @@ def list_folder(root: Path) -> Listing:
     splits = [next((top for name in names for top in tops
                     if top.lower().rstrip("0123456789") == name), None) for names in SPLITS]
     if len(tops) == 1 and not splits[0] and all(path.count(os.sep) > 1 for path in paths):
-        say(f"{root}: only {tops[0]}/ holds images")
+        say(f"{root}: only {tops[0]}/ holds images; left out: {count(others)}")
         return list_folder(root / tops[0])
     if not splits[0] or not splits[1] and len(tops) > 1:
         splits = ["", None]  # the top folders are classes
-        inner = {part for path in paths for part in path.lower().split(os.sep)[1:-1]}
-        if all(inner.intersection(names) for names in SPLITS):
-            die(f"--data {root}: splits lie inside {tops[0]}/: put them above the classes")
+        folders = {os.path.dirname(path).lower() for path in paths}
+        words = {word for folder in folders for word in re.split("[^a-z]+", folder)}
+        if all(words.intersection(names) for names in SPLITS):
+            die(f"--data {root}: splits lie inside {tops[0]}/ or have other names: put train/, val/ on top")
 
     rows = {split: [] for split in splits}  # (path, class, or "" of a loose image)
     for path in paths:
@@ -358,9 +373,8 @@ def list_folder(root: Path) -> Listing:
         else:
             others.append(f"images in {top}/" if parts else "loose images")
     train, val = rows.values()
-    left_out = shorten([f"{n} {name}" for name, n in sorted(Counter(others).items())]) or "nothing"
     if not train:
-        die(f"--data {root}: no images found below it; left out: {left_out}")
+        die(f"--data {root}: no images found below it; left out: {count(others)}")
     inside = os.scandir(root / splits[0]) if any(name for _, name in train) else ()
     names = sorted(at.name for at in inside if at.is_dir() and not DEBRIS.fullmatch(at.name))
     number = {name: i for i, name in enumerate(names or [""])}  # or loose images
@@ -379,7 +393,7 @@ def list_folder(root: Path) -> Listing:
     files = [(path, number[name]) for path, name in train + val]
     source = f"from {splits[1]}/" if splits[1] else "one in twenty"
     summary = (f"{len(number)} classes, {len(train):,} + {len(val):,} images ({source}); "
-               f"left out: {left_out}")
+               f"left out: {count(others)}")
     return Listing(root, [name or "all" for name in number], len(train), files, summary)
 
 # ---- Packed images: images/*.npy, uint8 n x S x S x 3; labels.npy; packed.json
@@ -398,6 +412,10 @@ def store(out, size, classes, labels, n_train, made_of, make):
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
         shutil.rmtree(out / "images")  # all are read and named again
         die(f"{unreadable} of {n} images are unreadable, too many or all of a split: mend or remove them")
+    hashes = [hash(bytes(row)) for array in rows.arrays for row in array]
+    both = {*hashes[:n_train]}.intersection(hashes[n_train:]) - {hash(bytes(3 * size**2))}
+    if both:
+        say(f"warning: {len(both)} images are in training and in validation")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
         np.save(file, labels)
@@ -465,9 +483,9 @@ def pack_imagenette(size: int, out: Path):
 
 DATASETS = {"shapes": pack_shapes, "cifar10": pack_cifar10, "imagenette": pack_imagenette}
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d6"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a"
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
-IMAGENETTE_SHA256 = "569b4497c98db6dd29f335d1f109cf31"
+IMAGENETTE_SHA256 = "569b4497c98db6dd"
 
 def unpacked(name: str, url: str, digest: str) -> Path:
     """The folder of an archive's files."""
@@ -559,7 +577,7 @@ class ImageSet:
 
 @lru_cache(2)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, STREAMS["epoch"], epoch]).permutation(n)
+    return Dist().rng(seed, "epoch", epoch).permutation(n)
 
 def batch_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The global batch: a window on an endless row of shuffled epochs."""
@@ -711,11 +729,11 @@ class Dist:
             with model.no_sync() if wait else nullcontext():
                 yield slice(start, start + size), size / batch
 
-    def make_out_dir(self, path: str, cfg, made_of: dict | None = None, stale=()) -> Path:
-        """Store the settings of a run, remove `stale` results. Settings other than before end the run."""
+    def make_out_dir(self, path: str, cfg, made_of=(), stale=()) -> Path:
+        """Store the settings of a run, remove `stale` results. Others than before end it."""
         out, file = Path(path), Path(path) / "settings.json"
         if self.is_main:
-            now = asdict(cfg) | (made_of or {})
+            now = asdict(cfg) | dict(made_of)
             free = {f.name for f in fields(cfg) if f.metadata.get("free")}
             if getattr(cfg, "schedule", "") == "constant" and not hasattr(cfg, "stage2_steps"):
                 free.add("steps")  # a longer run takes the same steps first
@@ -974,8 +992,8 @@ class Config:
     precision = "fp32"
 
     def check(self):
-        if not self.data:
-            raise ValueError("--data DIR is needed")
+        if not self.data or self.data in DATASETS:
+            raise ValueError("--data DIR is needed; built-in sets need no packing")
 
 def main(cfg: Config, dist: Dist):
     with tempfile.TemporaryDirectory() as trial:  # without --out

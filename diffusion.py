@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data import (
     Dist, Ema, ImageSet, Loader, Log, die, launch, load_checkpoint, make_optimizers, make_shards,
     option, reading, save_grid, set_lr)
-from fid import ClassifierFD, LazyImages, frechet_distance, read_weights
+from fid import LazyImages, cached_classifier, frechet_distance, read_weights
 from tokenizer import (
     Attention, Mlp, decode_images, encode_images, fingerprint, free, load_tokenizer,
     positive, reconstruct, restore, take_over)
@@ -255,7 +255,7 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
 
     def encode(start, stop):
         z = []
-        for x in images[np.arange(start, stop)].split(batch):
+        for x in images[np.arange(start, stop)].to(dist.device).split(batch):
             views = [encode_images(tokenizer, view, dist).half() for view in (x, x.flip(3))]
             z.append(torch.stack(views, 1).cpu())
         return torch.cat(z).numpy()
@@ -263,10 +263,11 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
     made_of = made_of | {"precision": dist.precision}
     length = 1000 // batch * batch  # few files: Linux maps 65,530
     rows = make_shards(folder, len(images), length, encode, made_of, dist, "encoding")
-    # Mean and deviation of each channel
-    flat = (array.reshape(-1, rows.shape[-1]).astype(np.float64) for array in rows.arrays)
-    sums = sum(np.stack([z.sum(0), (z**2).sum(0)]) for z in flat)
-    mean, square = sums / math.prod(rows.shape[:-1])  # H each
+    sums = torch.zeros(2, rows.shape[-1], device=dist.device).double()
+    for array in rows.arrays[dist.rank::dist.world_size]:
+        z = torch.from_numpy(array).to(dist.device).double().flatten(0, -2)
+        sums += torch.stack([z.sum(0), z.square().sum(0)])
+    mean, square = (dist.all_reduce(sums) / math.prod(rows.shape[:-1])).cpu().numpy()  # H each
     std = np.sqrt((square - mean**2).clip(min=0))
     least = 1e-6 * std.max()  # no division by zero
     dead = np.flatnonzero(std <= least).tolist()
@@ -334,7 +335,7 @@ class Config:
 SIT = {  # Sec. 4 of the paper
     "steps": 4_000_000, "optimizer": "adamw", "lr": 1e-4, "beta2": 0.999, "warmup": 0,
     "schedule": "constant", "ema": 0.9999, "sampler": "sde", "sampling_steps": 250,
-    "guidance": 1.9, "samples": 0, "labels": "random", "save_every": 2000, "preview_every": 10_000,
+    "guidance": 1.9, "samples": 0, "labels": "random", "save_every": 10_000, "preview_every": 50_000,
     "compile": torch.cuda.is_available(),
     "micro_batch": 256}  # of XL: 40 GiB of activations, 160 MiB an image
 LIGHTNING = SIT | {
@@ -486,12 +487,12 @@ def open_inputs(cfg: Config, dist: Dist) -> tuple:
 
 def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> dict:
     """Scores of samples; reconstructions and real images are bounds."""
-    judge, n = ClassifierFD(images, val, dist, cfg.out), cfg.samples
+    judge, n = cached_classifier(images, dist, cfg.out), cfg.samples
     present = np.unique(images.labels)
     y = torch.from_numpy(draw_labels(cfg.labels, present, n, dist, cfg.seed))
     samples = LazyImages(n, lambda i: make(model, y[i], i))
     recons = LazyImages(len(val), lambda i: reconstruct(tokenizer, val[i], dist))
-    rows = {"real validation images": judge.reference}
+    rows = {"real validation images": judge.score(val, val.labels)[0]}
     rows["samples"], moments = judge.score(samples, y)
     rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
     # Without the error of the decoder

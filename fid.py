@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,7 +100,7 @@ KEY_MAP = {  # names in the public files -> in torch's own layer
 UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
 
 def freeze(net: nn.Module, dist: Dist) -> nn.Module:
-    return net.to(dist.device).eval().requires_grad_(False)
+    return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 class VisionTransformer(nn.Module):
     """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights."""
@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
         size, scale = (rows, columns), None
         if self.kind != "siglip" and not self.registers:  # the kernel takes this scale, not rows / m
             size, scale = None, ((rows + 0.1) / m, (columns + 0.1) / m)
-        smooth = bool(self.registers)  # DINOv2 with registers
+        smooth = self.registers > 0
         table = F.interpolate(table, size, scale, "bicubic", antialias=smooth)
         return table.flatten(2).transpose(1, 2)  # 1 x rows*columns x D
 
@@ -204,22 +204,16 @@ class Lpips(nn.Module):
         self.register_buffer("rgb", rgb[..., None, None])
 
     def features(self, x: Tensor) -> list[Tensor]:
-        x = (x - self.rgb[0]) / self.rgb[1]
-        x = x.contiguous(memory_format=torch.channels_last)
-        features = []
+        x, features = (x - self.rgb[0]) / self.rgb[1], []
         for i, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if i else x)
             square = x.float().square().sum(1, keepdim=True)  # B x 1 x h x w
             features.append(x.float() / (square + 1e-20).sqrt())  # at 0 its gradient is 0
         return features
 
-    def layers(self, a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(self.heads, self.features(a), self.features(b))
-        parts = [(head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in pairs]
-        return torch.stack(parts, 1)  # B x 5
-
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.layers(a, b).sum(1)
+        pairs = zip(self.heads, self.features(a), self.features(b))
+        return sum((head * (f - g).square()).sum(1).mean((1, 2)) for head, f, g in pairs)
 
 def load_lpips(folder: str, dist: Dist) -> Lpips:
     vgg, heads = (pretrained(name, folder, dist, "--lpips 0") for name in (VGG, "lpips_vgg"))
@@ -270,7 +264,6 @@ class Inception(nn.Module):
             x = (tf_resize(images) - 128) / 128
         else:  # pytorch-fid
             x = 2 * F.interpolate(images.float() / 255, 299, mode="bilinear") - 1
-        x = x.contiguous(memory_format=torch.channels_last)
         x = self.chain(x, STEM, "Conv2d_")
         for block in BLOCKS.split():
             at = f"Mixed_{block[:2]}/branch"
@@ -372,14 +365,12 @@ def knn_radii(x: Tensor) -> Tensor:
     # The fourth: each point, n x D, is its own nearest
     return torch.cat([torch.cdist(part, x).kthvalue(4).values for part in x.split(2000)])
 
-def precision_recall(reference: Tensor, samples: Tensor) -> tuple:
-    """Share of samples within a radius of the reference, and the reverse (Kynkaanniemi 2019)."""
-    shares = []
+def precision_recall(reference: Tensor, samples: Tensor) -> Iterator[float]:
+    """Share of samples within a radius of the reference; the reverse (Kynkaanniemi 2019)."""
     for points, centres in ((samples, reference), (reference, samples)):
         radii = knn_radii(centres)  # in parts, as n x n distances would not fit
         hits = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(2000)]
-        shares.append(torch.cat(hits).double().mean().item())
-    return tuple(shares)
+        yield torch.cat(hits).double().mean().item()
 
 @torch.no_grad()
 def inception_statistics(net: Inception, images, dist: Dist, batch=100, every=1) -> dict:
@@ -420,7 +411,7 @@ def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
     return score.flatten(1).mean(1)  # B
 
 @torch.no_grad()
-def reconstruction_metrics(reconstruct, images, dist: Dist, judge=None, lpips=None, weights=None) -> dict:
+def reconstruction_metrics(reconstruct, images, dist: Dist, judge, lpips, weights) -> dict:
     """Scores of reconstruct(uint8) against uint8 images; rfid with a folder of weights."""
     metrics = {"psnr": psnr}
     if images.size > 10:  # SSIM's window has 11 pixels
@@ -475,25 +466,24 @@ def gmm_log_prob(x, weights, means, covariances) -> Tensor:
 
 def fit_gmm(x: Tensor, k: int, diagonal: bool = False) -> tuple:
     """Weights, means, covariances (plus 1e-3) of k Gaussians: EM from k-means++."""
-    x, last = x.double(), -math.inf
+    x, total = x.double(), -math.inf
     _, cluster = kmeans2(x.cpu().numpy(), k, minit="++", rng=np.random.default_rng(0))
     responsibility = F.one_hot(torch.from_numpy(cluster).long(), k).to(x)  # n x K
     floor = 1e-3 if diagonal else 1e-3 * torch.eye(x.shape[1]).to(x)
+
+    def spread(d, r):  # n x D, n -> D, or D x D
+        return r @ d**2 if diagonal else (d * r[:, None]).T @ d
+
     for _ in range(100):
         count = responsibility.sum(0) + 1e-9  # a cluster may be empty
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
-        covariances = []
-        for m, r, n in zip(means, responsibility.T, count):
-            d = x - m  # n x D
-            square = r @ d**2 if diagonal else (d * r[:, None]).T @ d  # D, or D x D
-            covariances.append(square / n + floor)
-        covariances = torch.stack(covariances)
+        of_each = zip(means, responsibility.T, count)
+        covariances = torch.stack([spread(x - m, r) / n + floor for m, r, n in of_each])
         joint = gmm_log_prob(x, weights, means, covariances)
-        total = joint.logsumexp(1)
-        responsibility = (joint - total[:, None]).exp()
-        if total.mean() - last < 1e-4 * x.shape[1]:
+        responsibility = joint.softmax(1)
+        last, total = total, joint.logsumexp(1).mean()
+        if total - last < 1e-4 * x.shape[1]:
             break
-        last = total.mean()
     return weights, means, covariances
 
 def gmm_nll_curve(train_z, val_z, dims: int, sizes=(1, 2, 4, 8, 16, 32), diagonal=False) -> dict:
@@ -544,9 +534,9 @@ def velocity_variance(x: Tensor, t: float, queries: int = 1000) -> float:
 class Classifier(nn.Module):
     """A small network: images in [-1, 1] -> features (B x 192), class logits (B x K)."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, dist: Dist):
         super().__init__()
-        self.width, self.stages = 192, nn.Sequential()
+        self.dist, self.width, self.stages = dist, 192, nn.Sequential()
         for i, o in pairwise((3, 32, 64, 128, 192)):
             conv = nn.Conv2d(i, o, 3, 1 if i == 3 else 2, 1, bias=False)
             self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(o), nn.GELU()))
@@ -557,7 +547,6 @@ class Classifier(nn.Module):
     def maps(self, x: Tensor) -> Tensor:
         if x.shape[-1] > 64:
             x = F.interpolate(x, 64, mode="area")
-        x = x.contiguous(memory_format=torch.channels_last)
         return self.stages(x)  # B x 192 x S/8 x S/8
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -570,9 +559,9 @@ class Classifier(nn.Module):
         return maps.flatten(2).transpose(1, 2).float()  # B x grid*grid x 192
 
     @torch.no_grad()
-    def score(self, images, labels=None, *, dist: Dist) -> tuple[dict, tuple]:
+    def score(self, images, labels=None) -> tuple[dict, tuple]:
         """({fd_classifier, images, class_accuracy}, (mean, covariance)) of uint8 images."""
-        moments = Moments(192, dist.device)
+        dist, moments = self.dist, Moments(192, self.dist.device)
         found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
         for start, x in in_batches(images, dist, 500):
             features, logits = self(to_float(x))
@@ -586,7 +575,7 @@ class Classifier(nn.Module):
 
 def train_classifier(images: ImageSet, dist: Dist, seed=0, steps=800) -> Classifier:
     torch.manual_seed(seed)
-    net = Classifier(len(images.classes)).to(dist.device, memory_format=torch.channels_last)
+    net = Classifier(len(images.classes), dist).to(dist.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), 5e-3, weight_decay=0.05)
     loader = Loader(images, 100, seed, dist)
     for step in tqdm(range(steps), desc="classifier", disable=None):
@@ -616,27 +605,18 @@ def cached_classifier(images: ImageSet, dist: Dist, out: str, seed: int = 0) -> 
     if cache_dir().exists() and not os.access(cache_dir(), os.W_OK) and not path.exists():
         path = Path(out) / path.name
 
-    net = Classifier(len(images.classes)).to(dist.device)
+    net = Classifier(len(images.classes), dist).to(dist.device)
     if dist.is_main:
         if not path.exists():
-            dist.print("training a small classifier for scores, once for this data set")
-            alone = replace(dist, world_size=1)
-            trained = train_classifier(images, alone, seed)
-            _, (trained.mean, trained.cov) = trained.score(images, dist=alone)
+            dist.print("training a classifier of the data: 800 steps")
+            trained = train_classifier(images, replace(dist, world_size=1), seed)
+            _, (trained.mean, trained.cov) = trained.score(images)
             dist.save(path, {"model": trained.state_dict()})
         net.load_state_dict(read_weights(path))
     dist.barrier()
     for x in net.state_dict().values() if dist.world_size > 1 else ():
         distributed.broadcast(x, 0)  # other nodes may not see the file
-    return freeze(net, dist).to(memory_format=torch.channels_last)
-
-class ClassifierFD:
-    """Distance to the training images; `reference` is the score of the validation images."""
-
-    def __init__(self, train: ImageSet, val: ImageSet, dist: Dist, out: str):
-        self.net = cached_classifier(train, dist, out)
-        self.score = partial(self.net.score, dist=dist)
-        self.reference, self.val_moments = self.score(val, val.labels)
+    return freeze(net, dist)
 
 # ---- Command line
 
@@ -680,7 +660,9 @@ def open_set(name: str, size: int, dist: Dist) -> tuple:
     return dist.rank0_first(lambda: ImageSet(name, size * (not packed), "train")), {}
 
 def open_folder(root: Path) -> LazyImages:
-    names = sorted(find_images(root)[0]) or Dist.die(f"{root}: no images found")
+    names, others = find_images(root)
+    names = sorted(names) or Dist.die(f"{root}: no images found")
+    Dist.print(f"{root}: all {len(names)} images below it, of any split; left out:", others[:9])
     pool, shape = ThreadPoolExecutor(os.cpu_count()), None
 
     def load(i):
@@ -772,10 +754,10 @@ def score(cfg: Config, dist: Dist):
             dist.print(f"{cfg.samples} and {data} have other classes: class_accuracy is left out")
             labels = None
         if len(classes) > 1:
-            judge = ClassifierFD(train, val, dist, str(out.parent))
+            judge = cached_classifier(train, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
-            rows["validation_images"] = judge.reference
-            if n <= (d := judge.net.width):
+            rows["validation_images"], _ = judge.score(val, val.labels)
+            if n <= (d := judge.width):
                 dist.print(f"{n} images, no more than {d} features: fd_classifier is too high")
         else:
             dist.print(f"{data} has one class only: no fd_classifier")
@@ -819,8 +801,8 @@ def compare_latents(cfg: Config, dist: Dist):
         h = interpolate(v, z).unflatten(1, shape)
         mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
         if len(train.classes) > 1 and cfg.features != "fid":
-            judge = ClassifierFD(train, val, dist, cfg.out)
-            row["ifd_classifier"] = frechet_distance(*judge.score(mixed)[1], *judge.val_moments)
+            judge = cached_classifier(train, dist, cfg.out)
+            row["ifd_classifier"] = frechet_distance(*judge.score(mixed)[1], *judge.score(val)[1])
         if cfg.features != "classifier":
             net = load_inception(cfg.weights, dist, cfg.resize)
             a, b = (inception_statistics(net, x, dist) for x in (mixed, val))

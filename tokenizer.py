@@ -29,8 +29,8 @@ from data import (
     Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option,
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
-    ClassifierFD, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit,
-    read_weights, reconstruction_metrics)
+    cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit, read_weights,
+    reconstruction_metrics)
 
 # ---- The model
 
@@ -346,20 +346,20 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Negative cosine similarity: the released code's loss for teachers."""
     return masked_mean(-F.cosine_similarity(prediction.float(), target, dim=-1), mask)
 
-# What an auxiliary decoder predicts. features(images B x 3 x S x S in [-1, 1]) -> B x N x width,
-# of scale about 1, as all targets have one weight
+# What an auxiliary decoder predicts. features(images B x 3 x S x S in [-1, 1]) -> B x N x width.
+# One weight for all: HOG's mean square is 0.1, so one of 1 counts ten times as much
 Target = namedtuple("Target", "width features loss")
 
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network."""
-    net = (cached_classifier(images, dist, cfg.out, seed=1)  # the evaluation uses seed 0
+    net = (cached_classifier(images, dist, cfg.out, seed=1)
            if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
     dist.compiled(net, cfg.compile)  # for a ViT's forward
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
     return Target(net.width, dist.autocast()(features), loss)
 
-# To add a target: its line here, a function of (cfg, dist, images)
+# To add a target: its line here, a function of (cfg, dist, training ImageSet)
 TARGETS = {
     "pixel": lambda cfg, *_: Target(3 * cfg.patch**2, partial(patchify, patch=cfg.patch), masked_mse),
     "hog": lambda cfg, *_: Target(3 * 9 * 4, partial(hog, patch=cfg.patch), masked_mse),  # 4 cells a patch
@@ -397,7 +397,7 @@ class Config(ModelConfig):
     out: str = free("out/tokenizer", "folder of the run")
     augment: str = option("none", "crop: random size and place", ("none", "crop"))
     mask_min: float = option(0.4, "lowest mask ratio of stage 1")
-    mask_max: float = option(0.6, "highest; 0: a plain autoencoder")
+    mask_max: float = option(0.6, "highest; 0: see --preset ae")
     targets: str = option("hog", f"any of {','.join(TARGETS)}; or none")
     dinov2: str = "vitl14"  # or vits14, vitb14, or with _reg4
     siglip: str = "large-patch16-256"  # or so400m-patch14-224
@@ -408,7 +408,6 @@ class Config(ModelConfig):
     adversary: str = option("none", "discriminator on DINO features", ("none", "dino"))
     adv_weight: float = 0.4  # lambda 2 of Eq. 6, times the adaptive weight
     adv_start: int = 0  # step
-    adv_norm: str = "batch"  # its batch norm; "groups": of 8 images
     disc_lr: float = 0.0  # its learning rate; 0: lr
     lecam: float = 0.001  # weight
     consistency: float = 4.0  # weight
@@ -465,12 +464,12 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [our
     "lpips_warmup": 10_000,  # [code]
     "adversary": "dino",  # [code] on DINO ViT-S/16; the paper says DINOv2-S
     "adv_weight": 0.4, "adv_start": 30_000, "lecam": 0.001,
-    "adv_norm": "batch", "diffaug": True, "consistency": 4.0,  # [code]
+    "diffaug": True, "consistency": 4.0,  # [code]
     "steps": 500_000, "stage2_steps": 50_000, "batch_size": 512,
     "micro_batch": 64,  # [ours] 33 GiB of activations, 530 MiB an image with LPIPS and discriminator
     "optimizer": "adamw", "lr": 1e-4, "beta2": 0.95, "weight_decay": 1e-4, "warmup": 10_000,
     "clip": 1.0, "ema": 0.9999,  # [code]
-    "log_every": 100, "save_every": 500, "rfid": True,  # [ours]
+    "log_every": 100, "save_every": 2000, "rfid": True,  # [ours]
     "compile": torch.cuda.is_available()}
 RELEASED = PAPER | {  # [code]: its yaml, where that is not the paper; no stage 2
     "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
@@ -684,7 +683,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
                "steps": cfg.steps * (not cfg.stage2_only), "stage2_steps": cfg.stage2_steps}
     classes = len(images.classes)
     # The classifier is weak on a thousand classes, and its training reads all images
-    judge = ClassifierFD(images, val, dist, cfg.out) if 1 < classes < 1000 else None
+    judge = cached_classifier(images, dist, cfg.out) if 1 < classes < 1000 else None
     inception = cfg.weights if cfg.rfid else None
     for name, model in stages.items():
         make = partial(reconstruct, model, dist=dist)
@@ -813,13 +812,25 @@ def augment(x, draws: dict, cutout: float) -> Tensor:
         x = x * ~(rows[:, None, :, None] & columns[:, None, None])
     return x
 
-class GroupedBatchNorm(nn.BatchNorm1d):
-    """Batch norm of B x C x T over groups of at most 8 images, also in evaluation."""
+class GlobalBatchNorm(nn.BatchNorm1d):
+    """Over all processes. torch's SyncBatchNorm lets the host wait."""
+
+    def __init__(self, width: int, dist: Dist):
+        super().__init__(width, 1e-6)
+        self.dist = dist
 
     def forward(self, x):
-        groups = x.float().chunk(math.ceil(len(x) / 8))  # about equal: 12 are 6 + 6
-        norm = partial(F.batch_norm, weight=self.weight, bias=self.bias, training=True, eps=self.eps)
-        return torch.cat([norm(group, None, None) for group in groups])
+        all_reduce, n = self.dist.all_reduce, self.dist.world_size
+        if n == 1:
+            return super().forward(x)
+        x = x.float()  # B x C x T
+        own = torch.stack([x.mean((0, 2)), x.square().mean((0, 2))]) / n  # 2 x C
+        total = own + all_reduce(own.detach().clone()) - own.detach()
+        if total.requires_grad:
+            total.register_hook(lambda grad: all_reduce(grad.clone()))
+        mean, square = total[..., None]  # C x 1
+        scale = self.weight[:, None] * (square - mean**2 + self.eps).rsqrt()
+        return (x - mean) * scale + self.bias[:, None]
 
 class Residual(nn.ModuleDict):
     def forward(self, x):
@@ -828,17 +839,17 @@ class Residual(nn.ModuleDict):
 class DinoDiscriminator(nn.Module):
     """Heads on the features of a frozen DINO ViT-S/16 (StyleGAN-T, VAR)."""
 
-    def __init__(self, trunk: nn.Module, norm: str = "batch", layers: tuple = (2, 5, 8, 11)):
+    def __init__(self, trunk: nn.Module, dist: Dist, layers: tuple = (2, 5, 8, 11)):
         super().__init__()
         self.trunk, self.layers = (trunk,), layers  # a tuple hides it from parameters()
-        width, norms = trunk.width, {"batch": nn.BatchNorm1d, "groups": GroupedBatchNorm}
+        width = trunk.width
 
         def conv(out, kernel):
             layer = nn.Conv1d(width, out, kernel, padding="same", padding_mode="circular")
             return nn.utils.spectral_norm(layer)
 
         def unit(kernel):
-            return nn.Sequential(conv(width, kernel), norms[norm](width, eps=1e-6), nn.LeakyReLU(0.2))
+            return nn.Sequential(conv(width, kernel), GlobalBatchNorm(width, dist), nn.LeakyReLU(0.2))
 
         heads = (nn.Sequential(unit(1), Residual({"fn": unit(9)}), conv(1, 1)) for _ in (0, *layers))
         self.heads = nn.ModuleList(heads)
@@ -871,11 +882,9 @@ class Adversary(nn.Module):
         torch.manual_seed(cfg.seed + 1)
         if net is None:
             trunk = load_vit("dino_deitsmall16_pretrain", cfg.weights, dist, "--adversary none")
-            net = DinoDiscriminator(trunk, cfg.adv_norm)
+            net = DinoDiscriminator(trunk, dist)
             if cfg.compile:
                 net.features = torch.compile(net.features, fullgraph=True, dynamic=False)
-        if dist.world_size > 1 and dist.device.type == "cuda" and cfg.adv_norm == "batch":
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # CPU processes have their own statistics
         self.net = net.to(dist.device).train()
         self.wrapped = (dist.wrap(self.net),)  # a tuple hides it from state_dict()
         self.optimizers = make_optimizers(self.net, replace(cfg, lr=cfg.disc_lr or cfg.lr), dist)
