@@ -807,7 +807,7 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except KeyboardInterrupt:
-        die("stopped; the same command goes on")
+        die("stopped; the same command goes on from the last checkpoint")
     except OSError as error:
         die(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved is kept")
     except (MemoryError, RuntimeError) as error:

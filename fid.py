@@ -561,14 +561,16 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def score(self, images, labels=None) -> tuple[dict, tuple]:
         """({fd_classifier, images, class_accuracy}, (mean, covariance)) of uint8 images."""
-        dist, moments = self.dist, Moments(192, self.dist.device)
-        found = torch.zeros(len(images), dtype=torch.long, device=dist.device)
+        dist, moments, n = self.dist, Moments(192, self.dist.device), len(images)
+        if n <= self.width:
+            dist.print(f"{n} images, no more than {self.width} features: fd_classifier is too high")
+        found = torch.zeros(n, dtype=torch.long, device=dist.device)
         for start, x in in_batches(images, dist, 500):
             features, logits = self(to_float(x))
             moments.add(features)
             found[start:start + len(x)] = logits.argmax(1)
         moments, found = moments.finish(dist), dist.all_reduce(found).cpu().numpy()
-        row = {"fd_classifier": frechet_distance(self.mean, self.cov, *moments), "images": len(images)}
+        row = {"fd_classifier": frechet_distance(self.mean, self.cov, *moments), "images": n}
         if labels is not None:
             row["class_accuracy"] = (found == np.asarray(labels)).mean().item()
         return row, moments
@@ -649,7 +651,7 @@ def arguments(argv: list[str]) -> list[str]:
 
 def open_set(name: str, size: int, dist: Dist) -> tuple:
     """(images or None, what an npz holds beside them: statistics, labels, meta)."""
-    path = Path(name)
+    path = next(filter(Path.is_file, (Path(name), Path(name, "samples.npz"))), Path(name))
     if path.is_file():
         return open_npz(path)
     packed = name not in DATASETS and (path / "packed.json").is_file()
@@ -740,7 +742,7 @@ def score(cfg: Config, dist: Dist):
     data = cfg.data or meta.get("data") or dist.die(f"{cfg.samples} does not name its data set: give --data")
     name = "" if Path(cfg.samples).name == "samples.npz" else f"{Path(cfg.samples).name}."
     out = Path(cfg.out or Path(cfg.samples).absolute().with_name(name + "metrics.json"))
-    n, rows = len(images), {"samples": {"images": len(images)}}
+    rows = {"samples": {"images": len(images)}}
     if not cfg.data or cfg.features != "fid":
         train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])
     if cfg.features != "classifier":
@@ -757,8 +759,6 @@ def score(cfg: Config, dist: Dist):
             judge = cached_classifier(train, dist, str(out.parent))
             rows["samples"] |= judge.score(images, labels)[0]
             rows["validation_images"], _ = judge.score(val, val.labels)
-            if n <= (d := judge.width):
-                dist.print(f"{n} images, no more than {d} features: fd_classifier is too high")
         else:
             dist.print(f"{data} has one class only: no fd_classifier")
 

@@ -86,7 +86,7 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
         if fingerprint(tokenizer.state_dict()) == meta["tokenizer_weights"]:
             break
     else:
-        die(f"{path} is not the tokenizer that {cfg.model} was trained on: give --tokenizer")
+        die(f"{path} is not the tokenizer that {cfg.model} was trained on: give that by --tokenizer")
     guide = None
     if cfg.guide:
         guide, other, its_meta = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)

@@ -439,7 +439,7 @@ class Config(ModelConfig):
     def check(self) -> None:
         names = self.target_names()
         if self.size % self.patch or self.patch % 2:
-            raise ValueError(f"--size {self.size} must be a multiple of an even --patch")
+            raise ValueError(f"--size {self.size} must be a multiple of --patch {self.patch}, which is even")
         if self.width % (4 * self.heads):
             raise ValueError(f"--width {self.width} must be a multiple of 4 --heads")
         if not 0 <= self.mask_min <= self.mask_max < 1:
@@ -480,7 +480,6 @@ ONE_GPU = {  # [ours], not run
     "ema": 0.999, "aux_width": 128, "channels": 16, "save_every": 2000,
     "compile": torch.cuda.is_available()}
 AE = {"mask_min": 0.0, "mask_max": 0.0, "targets": "none"}
-# In all: mask ratios truncated normal, learning rate down to a tenth [code]; stage 2 warms up again [ours]
 PRESETS = {
     "quick": {},
     "ae": AE, "vae": AE | {"kl": 1e-5},  # the paper's ablations, here and below
@@ -695,7 +694,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
         (train_z, train_y), (z, y) = (encode_dataset(stages["stage2"], part, dist) for part in (images, val))
         metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
         metrics["probe_images"] = len(train_z), len(z)
-        dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,} images")
+        dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,}, tested on {len(z):,}")
 
     at = np.linspace(0, len(val) - 1, min(8, len(val))).astype(int)
     x, ratio = val[at], (cfg.mask_min + cfg.mask_max) / 2

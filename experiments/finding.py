@@ -220,7 +220,7 @@ def table(folder: Path, out: Path) -> None:
         text = to_markdown([["predictor", "with gFD", "95 %", "with gFD, guided", "95 %"], *correlations])
         (out / "predictors.md").write_text(text)
         print(text)
-    print(f"wrote {out}/table.md of {len(rows)} runs")
+    print(f"wrote {out}/table.md of {len(rows)} runs, of commits", *{str(row.get("commit")) for row in rows})
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
     samples = {kind: np.load(path)["arr_0"][:10] for kind, path in paths.items() if path.exists()}
