@@ -823,10 +823,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         if n == 1:
             return super().forward(x)
         x = x.float()  # B x C x T
-        own = torch.stack([x.mean((0, 2)), x.square().mean((0, 2))]) / n  # 2 x C
+        own = torch.stack([x, x * x]).mean((1, 3)) / n  # 2 x C
         total = own + all_reduce(own.detach().clone()) - own.detach()
         if total.requires_grad:
-            total.register_hook(lambda grad: all_reduce(grad.clone()))
+            total.register_hook(lambda grad: all_reduce(grad.clone()))  # add up, too
         mean, square = total[..., None]  # C x 1
         scale = self.weight[:, None] * (square - mean**2 + self.eps).rsqrt()
         return (x - mean) * scale + self.bias[:, None]
