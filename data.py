@@ -50,7 +50,6 @@ def say(*text: object):
     if os.environ.get("RANK", "0") == "0":
         with tqdm.external_write_mode():
             print(*text, flush=True)
-
 say_once = cache(say)
 
 def one_line(error: Exception) -> str:
@@ -251,7 +250,7 @@ FORMATS = "AVIF BMP DDS DIB GIF ICO JPEG JPEG2000 PCX PNG PPM PSD QOI SGI TGA TI
 SUFFIXES = {k for k, name in Image.registered_extensions().items() if name in FORMATS.split()}
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
 SPLITS = ("train", "training"), ("val", "valid", "validation", "dev", "eval", "test", "testing")
-DEBRIS = re.compile(r"\.(?!\.).*|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
+DEBRIS = re.compile(r"\.(?!\.).*(?<!\.icloud)|__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found")
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's: boxes while it is twice too large, then bicubic; the centre."""
@@ -269,13 +268,11 @@ def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
     if x.min() < 0:
-        raise ValueError("it has negative values")
+        raise ValueError("negative values")
     declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
     known = "I;16" in image.mode or (image.mode, image.format) == ("I", "PPM")
     whites = [declared] if known else [1, 255, 65535, x.max()]
     white = next(white for white in whites if x.max() <= 1.1 * white)
-    if x.max() < white / 16:
-        say_once("warning: dark images, with values far below", white)
     if tags.get(262) == 0:  # white is zero; Pillow knows it of 8 bits only
         x = white - x
     grey = Image.fromarray((x * (255 / white)).round().clip(0, 255).astype(np.uint8))
@@ -284,7 +281,7 @@ def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
     return grey
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
-    """uint8 size x size x 3, upright, on white; size 0 keeps that of the file."""
+    """uint8 size x size x 3, upright, on white, profiles ignored; size 0 keeps that of the file."""
     # By its path Pillow would map a TIFF as if it lay on its side
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if max(image.size) > 1000 * min(image.size):
@@ -293,7 +290,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         with suppress(Exception):  # some formats lack it
             if image.is_animated:
-                say_once("of animations and pages the first picture is taken")
+                say_once("of animations and pages the first picture counts")
         image.load()
         with suppress(Exception):  # the tag may be damaged
             ImageOps.exif_transpose(image, in_place=True)
@@ -307,6 +304,8 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
                 say_once("warning: transparent images are white")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
+        if np.max(image) < 16:
+            say_once("warning: almost black images")
         return np.array(center_crop(image, size) if size else image)
 
 def try_to_read(path: Path, size: int) -> np.ndarray:
@@ -344,6 +343,12 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
 def count(others: list) -> str:
     return shorten([f"{n} {name}" for name, n in sorted(Counter(others).items())]) or "nothing"
 
+def all_images(root: Path) -> list:
+    """Paths of all images below a folder."""
+    images, others = find_images(root)
+    say(f"{root}: {len(images)} images below it, of all splits; left out: {count(others)}")
+    return sorted(images) or die(f"{root}: no images found")
+
 Listing = namedtuple("Listing", "root classes n_train files summary")
 
 def list_folder(root: Path) -> Listing:
@@ -360,8 +365,8 @@ def list_folder(root: Path) -> Listing:
         return list_folder(root / tops[0])
     if not splits[0] or not splits[1] and len(tops) > 1:
         splits = ["", None]  # the top folders are classes
-        folders = {os.path.dirname(path).lower() for path in paths}
-        words = {word for folder in folders for word in re.split("[^a-z]+", folder)}
+        folders = " ".join({os.path.dirname(path) for path in paths})
+        words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", folders)}
         if all(words.intersection(names) for names in SPLITS):
             die(f"--data {root}: splits lie inside {tops[0]}/ or have other names: put train/, val/ on top")
 
@@ -411,11 +416,11 @@ def store(out, size, classes, labels, n_train, made_of, make):
     unreadable = n - readable.sum()
     if unreadable > max(3, 0.01 * n) or labels[:n_train].max() < 0 or labels[n_train:].max() < 0:
         shutil.rmtree(out / "images")  # all are read and named again
-        die(f"{unreadable} of {n} images are unreadable, too many or all of a split: mend or remove them")
+        die(f"{unreadable} of {n} images are unreadable: mend or remove them")
     hashes = [hash(bytes(row)) for array in rows.arrays for row in array]
     both = {*hashes[:n_train]}.intersection(hashes[n_train:]) - {hash(bytes(3 * size**2))}
     if both:
-        say(f"warning: {len(both)} images are in training and in validation")
+        say(f"warning: {len(both)} images are in training and validation")
     digests = [sha256(array).hexdigest() for array in (*rows.arrays, labels)]
     with writing(out / "labels.npy") as file:
         np.save(file, labels)

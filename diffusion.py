@@ -322,7 +322,7 @@ class Config:
     compile: bool = free(False, "torch.compile; a CPU needs a C++ compiler")
     precision: str = option("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
-    def check(self) -> None:
+    def check(self):
         if self.width % (2 * self.heads) or self.guidance_high > 1:
             raise ValueError(
                 f"--width {self.width} must be a multiple of 2 --heads, and --guidance-high at most 1")
@@ -501,7 +501,7 @@ def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> di
         dist.print(f"{name:32s}", *(f"{key} {value:.4g} " for key, value in row.items()))
     return rows
 
-def main(cfg: Config, dist: Dist) -> None:
+def main(cfg: Config, dist: Dist):
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
     tokenizer, images, init = open_inputs(cfg, dist)
     classes, weights = images.classes, fingerprint(tokenizer.state_dict())

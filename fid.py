@@ -31,7 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
 from data import (
-    DATASETS, Dist, ImageSet, Loader, cache_dir, download, find_images, launch,
+    DATASETS, Dist, ImageSet, Loader, all_images, cache_dir, download, launch,
     lr_schedule, option, read_image, reading, to_float, writing)
 
 # ---- Pretrained weights
@@ -150,8 +150,7 @@ class VisionTransformer(nn.Module):
         size, scale = (rows, columns), None
         if self.kind != "siglip" and not self.registers:  # the kernel takes this scale, not rows / m
             size, scale = None, ((rows + 0.1) / m, (columns + 0.1) / m)
-        smooth = self.registers > 0
-        table = F.interpolate(table, size, scale, "bicubic", antialias=smooth)
+        table = F.interpolate(table, size, scale, "bicubic", antialias=self.registers > 0)
         return table.flatten(2).transpose(1, 2)  # 1 x rows*columns x D
 
     def embed(self, x: Tensor) -> Tensor:
@@ -477,8 +476,7 @@ def fit_gmm(x: Tensor, k: int, diagonal: bool = False) -> tuple:
     for _ in range(100):
         count = responsibility.sum(0) + 1e-9  # a cluster may be empty
         weights, means = count / count.sum(), responsibility.T @ x / count[:, None]
-        of_each = zip(means, responsibility.T, count)
-        covariances = torch.stack([spread(x - m, r) / n + floor for m, r, n in of_each])
+        covariances = torch.stack([spread(x - m, r) / n + floor for m, r, n in zip(means, responsibility.T, count)])
         joint = gmm_log_prob(x, weights, means, covariances)
         responsibility = joint.softmax(1)
         last, total = total, joint.logsumexp(1).mean()
@@ -662,9 +660,7 @@ def open_set(name: str, size: int, dist: Dist) -> tuple:
     return dist.rank0_first(lambda: ImageSet(name, size * (not packed), "train")), {}
 
 def open_folder(root: Path) -> LazyImages:
-    names, others = find_images(root)
-    names = sorted(names) or Dist.die(f"{root}: no images found")
-    Dist.print(f"{root}: all {len(names)} images below it, of any split; left out:", others[:9])
+    names = all_images(root)
     pool, shape = ThreadPoolExecutor(os.cpu_count()), None
 
     def load(i):
@@ -698,8 +694,9 @@ def open_npz(path: Path) -> tuple:
                 pixels = np.memmap(file, dtype, "c", file.tell(), shape, "CF"[fortran])
         if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,) or not len(pixels):
             raise ValueError("arr_0 is not uint8 n x S x S x 3, n above 0")
-        if len(arrays.get("labels", pixels)) != len(pixels):
-            raise ValueError(f"{len(arrays['labels'])} labels for {len(pixels)} images")
+        labels = arrays.get("labels", np.arange(len(pixels)))
+        if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(f"{labels.size} labels for {len(pixels)} images: one integer each")
         arrays["meta"] = json.loads(str(arrays.get("meta", "{}")))
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return LazyImages(len(pixels), lambda i: pixels[i], from_files=True), arrays

@@ -40,7 +40,7 @@ class Config:
     compile: bool = False
     precision: str = option("auto", "auto: bf16 where fast; tf32: on a GPU", ("auto", "fp32", "tf32", "bf16"))
 
-    def check(self) -> None:
+    def check(self):
         if not self.guidance_low <= self.guidance_high <= 1:
             raise ValueError("--guidance-low <= --guidance-high <= 1 is needed")
 
@@ -64,7 +64,7 @@ def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, prese
         chosen = [numbers[word] for word in rule.split(",")]
     return draw_labels(rule, chosen, n, dist, seed)
 
-def save_npz(path: Path, images: Shards, **arrays) -> None:
+def save_npz(path: Path, images: Shards, **arrays):
     """An npz as numpy writes it. arr_0 goes shard by shard."""
     with writing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -86,7 +86,7 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
         if fingerprint(tokenizer.state_dict()) == meta["tokenizer_weights"]:
             break
     else:
-        die(f"{path} is not the tokenizer that {cfg.model} was trained on: give that by --tokenizer")
+        die(f"{path} is not the tokenizer that {cfg.model} was trained on: give --tokenizer")
     guide = None
     if cfg.guide:
         guide, other, its_meta = load_diffusion(cfg.guide, dist.device, cfg.tokenizer)
@@ -99,7 +99,7 @@ def load_models(cfg: Config, dist: Dist) -> tuple:
         die(f"{cfg.model} has no null class: give --guidance 1, or --guide")
     return dist.compiled(model, cfg.compile), trained, meta, tokenizer, guide
 
-def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict) -> None:
+def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of: dict):
     """Write samples.npz, grid.png and png/, in place of an earlier run's."""
     save_npz(out / "samples.npz", images, labels=labels, classes=classes, meta=json.dumps(made_of))
     shutil.rmtree(out / "png", ignore_errors=True)
@@ -112,7 +112,7 @@ def save(out: Path, cfg: Config, images: Shards, labels, classes: list, made_of:
     first = torch.from_numpy(images[np.arange(min(len(labels), 80))]).permute(0, 3, 1, 2)
     save_grid(out / "grid.png", first, 10, [classes[c] for c in labels[:80]])
 
-def main(cfg: Config, dist: Dist) -> None:
+def main(cfg: Config, dist: Dist):
     model, trained, meta, tokenizer, guide = load_models(cfg, dist)
     keep_outside(cfg.out, meta["data"])
     classes, n = meta["classes"], cfg.num_samples

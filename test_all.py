@@ -1332,7 +1332,7 @@ FOLDERS = {  # files, and the classes, counts and words of the listing
     "train/0-19": (["all"], 19, 1, "one in twenty"), "0-39": (["all"], 38, 2, "one in twenty"),
     "x/0-9 y/0-9 empty/ unknown/a.txt": (["empty", "unknown", "x", "y"], 19, 1, "left out: 1 .txt"),
     "x/0 y/0 z/0": (["x", "y", "z"], 3, 1, "one in twenty"), "0": (["all"], 1, 1, "one in twenty"),
-    "a/b.heic c/d/0-3 c/d/...e.png": (["d"], 4, 1, "left out: 1 .heic"), "DIV_train_HR/0 DIV_valid_HR/0": "have other names",
+    "a/b.heic c/d/0-3 c/d/...e.png": (["d"], 4, 1, "left out: 1 .heic"), "trainSet/trainSet/0 testSet/0": "have other names",
     "x/train1/0 x/test1/0 y/0": "splits lie inside x/", "tests/tests/x/0 train_set/train_set/x/0 test_set/x/0": "have other names",
     "x/0-9 b.heic c.CR2 .hidden.png .git/0": (["x"], 9, 1, "left out: 1 .cr2, 1 .heic"),
     "flowers/rose/0-9 flowers/tulip/0-9 flowers/readme.txt": (["rose", "tulip"], 19, 1, "x/flowers: 2 classes"),
@@ -1408,7 +1408,7 @@ def test_a_cache_is_renewed_and_pixels_are_the_identity(cache, capsys):
     assert both(root, 16)[0].fingerprint != exchanged
     [shutil.copy(path, path.with_suffix(".PNG")) for path in make_folder("z", 4).rglob("*.png")]
     Path("z/meta.json").write_text("{}")  # the user's own
-    assert len(both("z", 16)[0]) == 15 and "1 images are in training and in validation" in capsys.readouterr().out
+    assert len(both("z", 16)[0]) == 15 and "1 images are in training and validation" in capsys.readouterr().out
     data.pack("z", 16, "packed")
     refused(data.pack, "packed", 16, "again", message="no images found below it; left out: 1 .json")
     Path("packed/packed.json").write_text('{"format": "another"}')
@@ -1454,7 +1454,7 @@ def grey_png(path: Path, values: np.ndarray, bits: int, key: int) -> None:
                      + chunk(b"IDAT", body) + chunk(b"IEND", b""))
 
 def test_orientation_transparency_and_deep_pixels(capsys):
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8))
+    rgb, _ = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)), data.say_once.cache_clear()
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x112] = orientation
@@ -1476,7 +1476,7 @@ def test_orientation_transparency_and_deep_pixels(capsys):
         assert (pixels[2:4] == 255).all() and (pixels[5:] == grey).all(), bits
     Path("dark.pgm").write_bytes(b"P5 2 2 65535\n" + np.array([0, 100, 25700, 200], ">u2").tobytes())
     assert data.read_image("dark.pgm", 0)[..., 0].tolist() == [[0, 0], [100, 1]]
-    for values, shown in (([0, 1.004], [0, 255]), ([0, 262], [0, 255]), ([0, 4000], [0, 16]), ([-1, 1], [0, 0])):
+    for values, shown in (([0, 1.004], [0, 255]), ([0, 262], [0, 255]), ([0, 3000], [0, 12]), ([-1, 1], [0, 0])):
         Image.fromarray(np.float32([values] * 2)).save("o.tif")
         assert data.try_to_read(Path("o.tif"), 2)[0, :, 0].tolist() == shown
     (clear := rgb.copy()).putalpha(0)
@@ -1505,7 +1505,7 @@ def test_orientation_transparency_and_deep_pixels(capsys):
     (Path("f.jpg")).write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # no Ghostscript is started
     assert not data.try_to_read(Path("f.jpg"), 16).any()
     said = capsys.readouterr().out
-    assert all(text in said for text in ("cannot identify", "has negative", "first picture", "far below 65535", "are white"))
+    assert all(text in said for text in ("cannot identify", "negative values", "first picture", "almost black", "are white"))
 
 # ---- The scripts, end to end
 
@@ -1703,7 +1703,7 @@ def test_fid_command_line(made_weights, cache):
     [Path(name).mkdir() for name in ("folder", "shapes")]
     [Image.fromarray(pixels).save(f"folder/{i}.png") for i, pixels in enumerate(b)]
     flags = f"--weights {made_weights} --batch-size 5 --resize pytorch-fid --out"
-    assert "folder: all 7 images below it" in script("fid stats folder", flags, "ref.npz", processes=2)
+    assert "folder: 7 images below it" in script("fid stats folder", flags, "ref.npz", processes=2)
     z = content_of("ref.npz")
     assert z["mu"].shape == (2048,) and z["sigma_s"].shape == (2023, 2023) and np.array_equal(z["arr_0"], b)
     for name, mean in {"only": {"mu": z["mu"]}, "nan": {"mu": z["mu"] * np.nan}, "narrow": {"mu": z["mu"][:64]}, "half": {},

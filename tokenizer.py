@@ -29,7 +29,7 @@ from data import (
     Dist, Ema, ImageSet, Loader, Log, launch, load_checkpoint, make_optimizers, option,
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
-    cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit, read_weights,
+    Weights, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit, read_weights,
     reconstruction_metrics)
 
 # ---- The model
@@ -436,10 +436,10 @@ class Config(ModelConfig):
     compile: bool = free(False, "torch.compile; presets of one GPU and more set it there")
     precision: str = free("auto", "auto: bf16 where fast", ("auto", "fp32", "bf16"))
 
-    def check(self) -> None:
+    def check(self):
         names = self.target_names()
         if self.size % self.patch or self.patch % 2:
-            raise ValueError(f"--size {self.size} must be a multiple of --patch {self.patch}, which is even")
+            raise ValueError(f"--size {self.size} must be a multiple of an even --patch, not {self.patch}")
         if self.width % (4 * self.heads):
             raise ValueError(f"--width {self.width} must be a multiple of 4 --heads")
         if not 0 <= self.mask_min <= self.mask_max < 1:
@@ -607,7 +607,7 @@ def stretch(table: Tensor, rows: int) -> Tensor:
     return torch.cat([first, grid.flatten(2).mT], 1)
 
 @torch.no_grad()
-def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[str]:
+def take_over(model: nn.Module, weights: Weights, dist: Dist) -> list[str]:
     """Start from the weights of another run where name and shape agree. Returns the names of the rest."""
     own = model.state_dict()
     names = {"taken over": [], "stretched": [], "new": [], "dropped": sorted(weights.keys() - own.keys())}
@@ -624,7 +624,7 @@ def take_over(model: nn.Module, weights: dict[str, Tensor], dist: Dist) -> list[
         dist.die("--init: no matrix fits; give the sizes of that model")
     return names["new"]
 
-def fingerprint(weights: dict[str, Tensor], parts=("encoder.", "to_latent.")) -> str:
+def fingerprint(weights: Weights, parts=("encoder.", "to_latent.")) -> str:
     """Hash of the weights of these parts; the default decides the latents."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
@@ -632,7 +632,7 @@ def fingerprint(weights: dict[str, Tensor], parts=("encoder.", "to_latent.")) ->
             digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def read_init(path: str) -> tuple[dict[str, Tensor], str]:
+def read_init(path: str) -> tuple[Weights, str]:
     """Weights of a checkpoint, ours or a released one, and their hash."""
     file = Path(path, "model.safetensors") if Path(path).is_dir() else Path(path)
     with reading(path, "a checkpoint to start from"):
@@ -707,7 +707,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
     save_grid(Path(cfg.out) / "recon.png", grid, 5, ("original", "masked", "rebuilt", *stages))
     return metrics
 
-def main(cfg: Config, dist: Dist) -> None:
+def main(cfg: Config, dist: Dist):
     if cfg.from_official:
         return convert(cfg, dist)
     dist.local_slice(cfg.batch_size)  # ends the run if it cannot be shared
@@ -951,7 +951,7 @@ def official_name(name: str) -> str:
         name = re.sub(pattern, official, name)
     return name
 
-def from_official(weights: dict[str, Tensor], enc_heads: int = 0, dec_heads: int = 0,
+def from_official(weights: Weights, enc_heads: int = 0, dec_heads: int = 0,
                   aux_heads: int = 0) -> tuple[Tokenizer, ModelConfig]:
     """The state dict of a released AEModel or MaskAEModel. Heads 0: of 64 channels each."""
     with reading("the checkpoint", "a released tokenizer"):
@@ -989,7 +989,7 @@ def from_official(weights: dict[str, Tensor], enc_heads: int = 0, dec_heads: int
         model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False), cfg
 
-def convert(cfg: Config, dist: Dist) -> None:
+def convert(cfg: Config, dist: Dist):
     """A file, or a folder with model.safetensors and config.json -> ckpt.pt in --out."""
     path = Path(cfg.from_official)
     path = path / "model.safetensors" if path.is_dir() else path
