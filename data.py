@@ -267,7 +267,7 @@ def to_8_bits(image: Image.Image, tags: dict) -> Image.Image:
     In others the least of 1, 255, 65535 that holds the values, file by file.
     """
     x = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-    if x.min() < 0:
+    if x.min() < -0.1 * x.max():
         raise ValueError("negative values")
     declared = 2 ** tags.get(258, [16])[0] - 1  # BitsPerSample
     known = "I;16" in image.mode or (image.mode, image.format) == ("I", "PPM")
@@ -290,7 +290,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         with suppress(Exception):  # some formats lack it
             if image.is_animated:
-                say_once("of animations and pages the first picture counts")
+                say_once("of animations and pages the first counts")
         image.load()
         with suppress(Exception):  # the tag may be damaged
             ImageOps.exif_transpose(image, in_place=True)
@@ -301,10 +301,10 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if not image.getextrema()[3][1]:
-                say_once("warning: transparent images are white")
+                say_once("transparent images are white")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        if np.max(image) < 16:
+        if np.max(image.getextrema()) < 17:
             say_once("warning: almost black images")
         return np.array(center_crop(image, size) if size else image)
 
@@ -812,7 +812,7 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except KeyboardInterrupt:
-        die("stopped; the same command goes on from the last checkpoint")
+        die("stopped; the same command goes on from what is saved")
     except OSError as error:
         die(f"{error.filename or 'a file'}: {error.strerror or error}; what was saved is kept")
     except (MemoryError, RuntimeError) as error:
@@ -1002,7 +1002,7 @@ class Config:
 
 def main(cfg: Config, dist: Dist):
     with tempfile.TemporaryDirectory() as trial:  # without --out
-        out, size = (cfg.out, cfg.size) if cfg.out else (trial, 8)
+        out, size = (cfg.out, cfg.size) if cfg.out else (trial, 16)
         pack(cfg.data, size, out, cfg.workers)
         for split in ("train", "val"):
             say(f"{split}: {ImageSet(out, size, split).describe()}")

@@ -255,7 +255,7 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
 
     def encode(start, stop):
         z = []
-        for x in images[np.arange(start, stop)].to(dist.device).split(batch):
+        for x in images[np.arange(start, stop)].split(batch):
             views = [encode_images(tokenizer, view, dist).half() for view in (x, x.flip(3))]
             z.append(torch.stack(views, 1).cpu())
         return torch.cat(z).numpy()

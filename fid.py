@@ -561,7 +561,7 @@ class Classifier(nn.Module):
         """({fd_classifier, images, class_accuracy}, (mean, covariance)) of uint8 images."""
         dist, moments, n = self.dist, Moments(192, self.dist.device), len(images)
         if n <= self.width:
-            dist.print(f"{n} images, no more than {self.width} features: fd_classifier is too high")
+            dist.print(f"{n} images, no more than {self.width} features: their fd_classifier is too high")
         found = torch.zeros(n, dtype=torch.long, device=dist.device)
         for start, x in in_batches(images, dist, 500):
             features, logits = self(to_float(x))

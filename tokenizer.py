@@ -347,7 +347,7 @@ def masked_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(-F.cosine_similarity(prediction.float(), target, dim=-1), mask)
 
 # What an auxiliary decoder predicts. features(images B x 3 x S x S in [-1, 1]) -> B x N x width.
-# One weight for all: HOG's mean square is 0.1, so one of 1 counts ten times as much
+# One weight for all; HOG's mean square is 0.1
 Target = namedtuple("Target", "width features loss")
 
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
@@ -439,7 +439,7 @@ class Config(ModelConfig):
     def check(self):
         names = self.target_names()
         if self.size % self.patch or self.patch % 2:
-            raise ValueError(f"--size {self.size} must be a multiple of an even --patch, not {self.patch}")
+            raise ValueError(f"--size {self.size} must be a multiple of an even --patch")
         if self.width % (4 * self.heads):
             raise ValueError(f"--width {self.width} must be a multiple of 4 --heads")
         if not 0 <= self.mask_min <= self.mask_max < 1:
@@ -647,7 +647,7 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
     """The averaged model of a checkpoint, without auxiliary decoders; its settings."""
     state = load_checkpoint(path, "tokenizer")
     with reading(path, "a tokenizer of this code"):
-        cfg = Config(**state["config"])
+        cfg = Config(**{k: v for k, v in state["config"].items() if k != "adv_norm"})  # once a field
         with torch.device("meta"):
             model = Tokenizer(cfg)
         weights = {name: w for name, w in state["ema"].items() if name[:4] != "aux."}
