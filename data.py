@@ -305,7 +305,7 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         if np.max(image.getextrema()) < 17:
-            say_once("warning: almost black images")
+            say_once("almost black images")
         return np.array(center_crop(image, size) if size else image)
 
 def try_to_read(path: Path, size: int) -> np.ndarray:
@@ -340,10 +340,10 @@ def find_images(root: str | Path, above: tuple = ()) -> tuple[list, list]:
             others.append(suffix or name if entry.is_file() else f"{path!r} (no file)")
     return images, others
 
-def count(others: list) -> str:
+def count(others):
     return shorten([f"{n} {name}" for name, n in sorted(Counter(others).items())]) or "nothing"
 
-def all_images(root: Path) -> list:
+def all_images(root: Path):
     """Paths of all images below a folder."""
     images, others = find_images(root)
     say(f"{root}: {len(images)} images below it, of all splits; left out: {count(others)}")
@@ -488,9 +488,9 @@ def pack_imagenette(size: int, out: Path):
 
 DATASETS = {"shapes": pack_shapes, "cifar10": pack_cifar10, "imagenette": pack_imagenette}
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d6"
 IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
-IMAGENETTE_SHA256 = "569b4497c98db6dd"
+IMAGENETTE_SHA256 = "569b4497c98db6dd29f335d1f109cf31"
 
 def unpacked(name: str, url: str, digest: str) -> Path:
     """The folder of an archive's files."""

@@ -1719,9 +1719,9 @@ def test_fid_command_line(made_weights, cache):
         assert second[key] == pytest.approx(first[key], rel=1e-3), key
         assert third.get(key) == (pytest.approx(first[key], rel=1e-3) if key in ("fid", "inception_score") else None)
     Image.new("RGB", (9, 9)).save("folder/odd.png")
-    for line, message in {"a.npz folder": "another size; data.py makes", "a.npz nan.npz": "finite", "shapes a.npz": "give --size",
-                          "folder/odd.png a.npz": "is not an npz file", "none.npz a.npz": "above 0", "ref.npz a.npz": "give it second",
-                          "a.npz narrow.npz": "of the right size", "a.npz half.npz": "mu is missing"}.items():
+    for line, message in {"a.npz folder": "another size; data.py makes one size", "a.npz nan.npz": "finite",
+                          "folder/odd.png a.npz": "is not an npz file", "ref.npz a.npz": "give it second, as B", "none.npz a.npz": "above 0",
+                          "shapes a.npz": "give --size", "a.npz narrow.npz": "of the right size", "a.npz half.npz": "mu is missing"}.items():
         refused(call, "fid", line, flags, "4.json", message=message)
 
 def test_a_run_and_its_data_can_be_moved(cache, monkeypatch):
@@ -2095,7 +2095,7 @@ MISTAKES = {
     "tokenizer --adversary dino --weights offline": "from http://127.0.0.1:9/dino_deitsmall16_pretrain.pth",
     "tokenizer --from-official other/ckpt.pt": "encoder.model.patch_embed.proj.weight is missing",
     "tokenizer --data nowhere": "/nowhere: no such folder", "tokenizer --data empty": "no images found",
-    "tokenizer --data mixed": "lies in no class folder",
+    "tokenizer --data mixed": "lies in no class folder", "data --data shapes": "need no packing",
     "tokenizer --out damaged": "damaged/ckpt.pt is not a checkpoint of tokenizer.py",
     "tokenizer --out other --steps 3": "not a checkpoint of tokenizer.py (it is one of diffusion.py)",
     "diffusion --tokenizer none.pt": "none.pt: no such file", "diffusion --width 25": "--width 25",
@@ -2112,7 +2112,7 @@ MISTAKES = {
     "fid --samples none.npz": "none.npz: no such file", "fid stats empty --out x.npz": "no images found",
     "fid OUT/samples/samples.npz mixed/cat --weights offline": "/pt_inception-2015-12-05-6726825d.pth. put",
     "fid stats shapes --out x.npz": "give --size", "fid latents none.pt --out x": "none.pt: no such file",
-    "data --data shapes": "need no packing", "data --data nowhere --out x": "nowhere: no such folder"}
+    "data --data nowhere": "nowhere: no such folder", "data --data nowhere --out x": "nowhere: no such folder"}
 
 @pytest.fixture(scope="session")
 def mistakes_folder(tmp_path_factory, chain):

@@ -826,7 +826,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         own = torch.stack([x, x * x]).mean((1, 3)) / n  # 2 x C
         total = own + all_reduce(own.detach().clone()) - own.detach()
         if total.requires_grad:
-            total.register_hook(lambda grad: all_reduce(grad.clone()))  # add up, too
+            total.register_hook(lambda g: all_reduce(g.clone()))  # add up, too
         mean, square = total[..., None]  # C x 1
         scale = self.weight[:, None] * (square - mean**2 + self.eps).rsqrt()
         return (x - mean) * scale + self.bias[:, None]
