@@ -506,7 +506,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
 
     net = dist.wrap(dist.compiled(model, cfg.compile))  # DDP: averages gradients over processes
     batch, mine = cfg.batch_size, dist.local_slice(cfg.batch_size)
-    loader = Loader(images, batch, cfg.seed + stage - 1, dist)
+    loader = Loader(images, batch, cfg.seed, dist)
     n, n_latent = cfg.tokens()
     log = Log(cfg, dist, f"stage {stage}", start, steps, loader)
     log.count_flops(model, torch.zeros(1, 3, cfg.size, cfg.size), torch.zeros(1, n).bool())
@@ -514,7 +514,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     for step in range(start, steps):
         total_step = step if stage == 1 else cfg.steps + step
         adversarial = adversary and total_step + 1 >= cfg.adv_start
-        x, _ = loader(step)  # B x 3 x S x S in [-1, 1], this process's rows; larger before a crop
+        x, _ = loader(total_step)  # B x 3 x S x S in [-1, 1], this process's rows; larger before a crop
         if cfg.augment == "crop":
             rng = dist.rng(cfg.seed, "augmentation", total_step, 5)  # the adversary uses 0 to 4
             x = random_crop(x, cfg.size, batch, mine, rng)
