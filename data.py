@@ -432,10 +432,9 @@ def pack(root: str | Path, size: int, out: str | Path, workers: int = 0, cached:
     """Store a folder of images. `cached`: in a folder of this listing; others may be in use."""
     root, out = Path(root).absolute(), Path(out).absolute()
     keep_outside(out, root)
-    ours = r"images|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part"
-    ours = re.compile(ours + r"|labels\.npy" * (out / "images").exists())
+    ours = r"images|packed\.json|\d{5}-[0-9a-f]{16}\.npy|.*\.part" + r"|labels\.npy" * (out / "images").exists()
     for path in () if cached else out.rglob("*"):
-        if not ours.fullmatch(path.name):
+        if not re.fullmatch(ours, path.name):
             die(f"--out {out} holds {path.name}, which data.py did not write: give an empty folder")
     root, classes, n_train, files, summary = list_folder(root)
     say(f"{root}: {summary}")
@@ -473,7 +472,7 @@ def pack_shapes(size: int, out: Path):
     store(out, size, SHAPES, index % len(SHAPES), 20_000, made_of, render)
 
 def pack_cifar10(size: int, out: Path):
-    folder = unpacked("cifar10", CIFAR10, CIFAR10_SHA256)
+    folder = unpacked("cifar10", *CIFAR10)
     with reading(folder, "the archive of CIFAR-10"):
         classes = next(folder.rglob("batches.meta.txt")).read_text().split()
         files = sorted(folder.rglob("*.bin"))  # data_batch_1 to 5, test_batch
@@ -484,13 +483,11 @@ def pack_cifar10(size: int, out: Path):
     store(out, 32, classes, rows[:, 0], n_train, "cifar10", lambda start, stop: images[start:stop])
 
 def pack_imagenette(size: int, out: Path):
-    pack(unpacked("imagenette", IMAGENETTE, IMAGENETTE_SHA256) / "imagenette2-320", size, out)
+    pack(unpacked("imagenette", *IMAGENETTE) / "imagenette2-320", size, out)
 
 DATASETS = {"shapes": pack_shapes, "cifar10": pack_cifar10, "imagenette": pack_imagenette}
-CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d6"
-IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"
-IMAGENETTE_SHA256 = "569b4497c98db6dd29f335d1f109cf31"
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d6"
+IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", "569b4497c98db6dd29f335d1f109cf31"
 
 def unpacked(name: str, url: str, digest: str) -> Path:
     """The folder of an archive's files."""
@@ -808,7 +805,8 @@ def launch(main: Callable, config: type, presets: dict, doc: str, argv: list | N
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         cfg = parse_config(config, presets, doc, argv)
-        main(cfg, start(cfg.precision))
+        main(cfg, dist := start(cfg.precision))
+        dist.barrier()
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except KeyboardInterrupt:

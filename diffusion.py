@@ -267,15 +267,15 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
     for array in rows.arrays[dist.rank::dist.world_size]:
         z = torch.from_numpy(array).to(dist.device).double().flatten(0, -2)
         sums += torch.stack([z.sum(0), z.square().sum(0)])
-    mean, square = (dist.all_reduce(sums) / math.prod(rows.shape[:-1])).cpu().numpy()  # H each
-    std = np.sqrt((square - mean**2).clip(min=0))
+    mean, square = dist.all_reduce(sums) / math.prod(rows.shape[:-1])  # H each
+    std = (square - mean**2).clamp(min=0).sqrt()
     least = 1e-6 * std.max()  # no division by zero
-    dead = np.flatnonzero(std <= least).tolist()
+    dead = (std <= least).nonzero()[:, 0].tolist()
     if len(dead) == len(std):
         die("all latents are equal: the tokenizer has learned nothing, train it again")
     if dead:
         dist.print(f"warning: the latent channels {dead} are constant")
-    stats = torch.from_numpy(np.float32([mean, std.clip(min=least)])).to(dist.device)  # 2 x H
+    stats = mean.float(), std.clamp(min=least).float()
     return LatentSet(rows, images.labels, np.arange(len(images)), *stats)
 
 # ---- Training
@@ -539,7 +539,6 @@ def main(cfg: Config, dist: Dist):
         "rows": rows, "sampling": asdict(sampling), "labels": cfg.labels, "against": images.data,
         "steps": cfg.steps, "precision": dist.precision})
     dist.print(f"wrote {out}")
-    dist.barrier()
 
 if __name__ == "__main__":
     launch(main, Config, PRESETS, __doc__)

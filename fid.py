@@ -98,14 +98,16 @@ KEY_MAP = {  # names in the public files -> in torch's own layer
     "post_layernorm": "norm", "layer_norm": "norm"}
 # SigLIP's text half and pooling; training's mask
 UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
+# Mean and deviation, on [-1, 1]
+IMAGENET = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
 
 def freeze(net: nn.Module, dist: Dist) -> nn.Module:
     return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 class VisionTransformer(nn.Module):
-    """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights."""
+    """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights or patches of `resample`."""
 
-    def __init__(self, weights: Weights, kind: str, heads: int = 0):
+    def __init__(self, weights: Weights, kind: str, heads: int = 0, resample: int = 0):
         super().__init__()
         with reading("the file", f"{kind} weights"):
             w = {key: value.float() for key, value in weights.items() if not UNUSED.match(key)}
@@ -117,6 +119,12 @@ class VisionTransformer(nn.Module):
                 w[key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
 
             width, _, patch, _ = w["patch_embed.weight"].shape
+            if resample:  # products with resized patches stay (FlexiViT)
+                pixels = torch.eye(patch**2).view(-1, 1, patch, patch)
+                resize = F.interpolate(pixels, resample, mode="bicubic", antialias=True).flatten(1)
+                kernel = w["patch_embed.weight"].flatten(2) @ resize.pinverse().T
+                w["patch_embed.weight"] = kernel.unflatten(2, (resample, -1))
+                patch = resample
             pos = w.pop("pos_embed").reshape(1, -1, width)  # 1 x tokens x D
             prefix = pos[:, :0]
             if kind != "siglip":  # a class token, with a position of its own
@@ -134,11 +142,9 @@ class VisionTransformer(nn.Module):
                 self.norm = nn.LayerNorm(width, 1e-6)
             self.load_state_dict(w, assign=True)
 
-        self.kind, self.width, self.patch = kind, width, patch
+        self.kind, self.width, self.patch, self.resampled = kind, width, patch, resample > 0
         self.prefix, self.registers = prefix.shape[1], registers.shape[1]
-        rgb = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std
-        rgb = torch.tensor(((0.5,) * 3,) * 2 if kind == "siglip" else rgb)
-        self.register_buffer("rgb", rgb[..., None, None])
+        self.register_buffer("rgb", IMAGENET)
         self.register_buffer("pos_embed", pos)
         self.register_buffer("prefix_tokens", torch.cat([prefix, registers], 1))
 
@@ -148,9 +154,10 @@ class VisionTransformer(nn.Module):
             return self.pos_embed
         table = self.pos_embed.unflatten(1, (m, m)).permute(0, 3, 1, 2)  # 1 x D x m x m
         size, scale = (rows, columns), None
-        if self.kind != "siglip" and not self.registers:  # the kernel takes this scale, not rows / m
+        antialias = self.registers > 0 or self.resampled
+        if self.kind != "siglip" and not antialias:  # the kernel takes this scale, not rows / m
             size, scale = None, ((rows + 0.1) / m, (columns + 0.1) / m)
-        table = F.interpolate(table, size, scale, "bicubic", antialias=self.registers > 0)
+        table = F.interpolate(table, size, scale, "bicubic", antialias=antialias)
         return table.flatten(2).transpose(1, 2)  # 1 x rows*columns x D
 
     def embed(self, x: Tensor) -> Tensor:
@@ -163,7 +170,8 @@ class VisionTransformer(nn.Module):
         return self.norm(self.layers(self.embed(x)))  # B x (prefix + registers + N) x D
 
     def normalise(self, image: Tensor) -> Tensor:
-        return (image * 0.5 + 0.5 - self.rgb[0]) / self.rgb[1]
+        plain = self.kind == "siglip" and not self.resampled  # trained on [-1, 1]
+        return image if plain else (image - self.rgb[0]) / self.rgb[1]
 
     @torch.no_grad()
     def patch_features(self, image: Tensor, grid: int) -> Tensor:
@@ -174,9 +182,9 @@ class VisionTransformer(nn.Module):
         tokens = self(self.normalise(image))
         return tokens[:, self.prefix + self.registers:].float()
 
-def load_vit(name: str, folder: str, dist: Dist, hint: str) -> VisionTransformer:
+def load_vit(name: str, folder: str, dist: Dist, hint: str, **how) -> VisionTransformer:
     kind = re.split("[_-]", name)[0]  # dino, dinov2, siglip
-    return freeze(VisionTransformer(pretrained(name, folder, dist, hint), kind), dist)
+    return freeze(VisionTransformer(pretrained(name, folder, dist, hint), kind, **how), dist)
 
 def convolution(weight: Tensor, bias: Tensor, stride=1, padded=True) -> nn.Conv2d:
     out, channels, *kernel = weight.shape
@@ -199,15 +207,13 @@ class Lpips(nn.Module):
                     conv = convolution(vgg[f"features.{n}.weight"], vgg[f"features.{n}.bias"])
                     self.stages[i].extend([conv, nn.ReLU()])
                 self.heads.append(heads[f"lin{i}.model.1.weight"].float())
-        rgb = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])  # mean, std
-        self.register_buffer("rgb", rgb[..., None, None])
+        self.register_buffer("rgb", IMAGENET)
 
     def features(self, x: Tensor) -> list[Tensor]:
         x, features = (x - self.rgb[0]) / self.rgb[1], []
         for i, stage in enumerate(self.stages):
             x = stage(F.max_pool2d(x, 2) if i else x)
-            square = x.float().square().sum(1, keepdim=True)  # B x 1 x h x w
-            features.append(x.float() / (square + 1e-20).sqrt())  # at 0 its gradient is 0
+            features.append(F.normalize(x.float(), eps=1e-10))  # finite gradient at 0
         return features
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -397,11 +403,10 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 def ssim(a: Tensor, b: Tensor, flat: bool = False) -> Tensor:
     """SSIM of pairs of uint8 images (Wang 2004). `flat`: the paper's, on [-1, 1]."""
     span, correction = (2, 49 / 48) if flat else (1, 1)  # sample covariance
-    w = torch.exp(-0.5 * (torch.arange(-5, 6, device=a.device).double() / 1.5) ** 2)
-    gauss = torch.outer(w, w) / w.sum() ** 2
-    w = torch.full((7, 7), 1 / 49, device=a.device).to(w) if flat else gauss
-    blur = partial(F.conv2d, weight=w.expand(a.shape[1], 1, -1, -1), groups=a.shape[1])
     a, b = (x.double() / (255 / span) - (span - 1) for x in (a, b))
+    w = torch.ones(7) if flat else torch.signal.windows.gaussian(11, std=1.5, dtype=a.dtype)
+    w = (torch.outer(w, w) / w.sum() ** 2).to(a)
+    blur = partial(F.conv2d, weight=w.expand(a.shape[1], 1, -1, -1), groups=a.shape[1])
     ma, mb = blur(a), blur(b)
     moments = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
     va, vb, cov = (correction * x for x in moments)
@@ -737,8 +742,9 @@ def score(cfg: Config, dist: Dist):
     size = cfg.size or images[np.arange(1)].shape[-1]
     meta, labels = beside.get("meta", {}), beside.get("labels")
     data = cfg.data or meta.get("data") or dist.die(f"{cfg.samples} does not name its data set: give --data")
-    name = "" if Path(cfg.samples).name == "samples.npz" else f"{Path(cfg.samples).name}."
-    out = Path(cfg.out or Path(cfg.samples).absolute().with_name(name + "metrics.json"))
+    at = Path(cfg.samples).absolute()
+    name = "" if at.name == "samples.npz" else f"{at.name}."
+    out = Path(cfg.out or at.with_name(name + "metrics.json"))
     rows = {"samples": {"images": len(images)}}
     if not cfg.data or cfg.features != "fid":
         train, val = dist.rank0_first(lambda: [ImageSet(data, size, split) for split in ("train", "val")])

@@ -66,15 +66,13 @@ def choose_labels(rule: str, n: int, classes: list, dist: Dist, seed: int, prese
 
 def save_npz(path: Path, images: Shards, **arrays):
     """An npz as numpy writes it. arr_0 goes shard by shard."""
-    with writing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+    header = {"descr": "|u1", "fortran_order": False, "shape": images.shape}
+    with writing(path) as file:
+        np.savez(file, **arrays)
+        with zipfile.ZipFile(file, "a") as zipped, zipped.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for shard in images.arrays:
-                member.write(np.ascontiguousarray(shard))
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                np.save(member, np.array(array))
+                member.write(shard)
 
 def load_models(cfg: Config, dist: Dist) -> tuple:
     """(model, settings, what else is stored, tokenizer, guide)"""
@@ -145,7 +143,6 @@ def main(cfg: Config, dist: Dist):
             (out / "parts").rmdir()
     calls, doubled = sampling.nfe()
     dist.print(f"wrote {out}: {sampling}, {calls} network calls, {doubled} if guided ones count twice")
-    dist.barrier()
 
 if __name__ == "__main__":
     launch(main, Config, PRESETS, __doc__)

@@ -277,8 +277,7 @@ def test_dino_discriminator_agrees_at_full_size(name):
     trunk = fid.VisionTransformer(filled(public_keys("dino_deitsmall16"), case["weight_seed"]), "dino")
     with np.load(GOLDENS / f"{name}.npz") as z:
         heads = filled(json.loads(str(z["heads_keys"])), case["weight_seed"])
-    x = images_of(t, "img")
-    net = dino_discriminator(trunk, heads, ONE)
+    x, net = images_of(t, "img"), dino_discriminator(trunk, heads, ONE)
     for turn in ("first", "second"):
         near(net(x)[0], t[f"logits_sbn_{turn}"], 1e-4)
     for key, suffix, every in (("img", "", 3), ("img_224", "_224", 7)):
@@ -688,8 +687,7 @@ def logged(folder: str, stage: str, step: int) -> bool:
 @pytest.fixture(scope="session")
 def made_weights(tmp_path_factory):
     """A folder of pretrained networks under their public names: random, and all but VGG16 and Inception small."""
-    at = tmp_path_factory.mktemp("weights")
-    dino = below(golden("maetok/disc_dino_a")[0], "dino/")
+    at, dino = tmp_path_factory.mktemp("weights"), below(golden("maetok/disc_dino_a")[0], "dino/")
     dino |= {key.replace(".0.", f".{i}."): x for key, x in dino.items() if "blocks.0." in key for i in range(12)}
     dinov2, siglip = (golden(f"metrics/{name}")[2]["keys"] for name in ("dinov2", "siglip"))
     for name, weights in {
@@ -703,8 +701,8 @@ def made_weights(tmp_path_factory):
     return at
 
 def test_the_released_preset_and_its_fields(monkeypatch):
-    monkeypatch.setattr(tokenizer, "load_vit", lambda name, *rest: data.die(name))
-    for preset, name, lr in (("imagenet256", "large-patch16-256", 1e-4), ("released256", "so400m-patch14-224", 2e-4)):
+    monkeypatch.setattr(tokenizer, "load_vit", lambda name, *rest, resample: data.die(f"{name} {resample}"))
+    for preset, name, lr in (("imagenet256", "large-patch16-256 0", 1e-4), ("released256", "so400m-patch14-224 16", 2e-4)):
         cfg = tokenizer.Config(**tokenizer.PRESETS[preset])
         refused(tokenizer.TARGETS["siglip"], cfg, ONE, None, message=f": siglip-{name}")
         both = (tokenizer.Adversary(c, ONE, torch.nn.Linear(2, 2)) for c in (cfg, dataclasses.replace(cfg, disc_lr=3)))
@@ -1024,12 +1022,12 @@ def test_a_tap_of_zeros_has_a_gradient_in_lpips(made_weights):
 def test_a_transformer_of_so400ms_widths_gives_the_features_of_plain_operations():
     at, shapes = "encoder.layers.0.", {"embeddings.patch_embedding": (1152, 3, 14, 14), "post_layernorm": (1152,)}
     shapes |= {f"{at}self_attn.{n}_proj": (1152, 1152) for n in ("q", "k", "v", "out")}
-    shapes |= {f"{at}layer_norm{i}": (1152,) for i in (1, 2)}
-    shapes |= {f"{at}mlp.fc1": (4304, 1152), f"{at}mlp.fc2": (1152, 4304)}
+    shapes |= {f"{at}mlp.fc1": (4304, 1152), f"{at}mlp.fc2": (1152, 4304)} | {f"{at}layer_norm{i}": (1152,) for i in (1, 2)}
     w = {name: (0.02 * torch.randn(shape), 0.02 * torch.randn(shape[0])) for name, shape in shapes.items()}
     position, x = 0.02 * torch.randn(4, 1152), torch.randn(2, 3, 28, 28)
     weights = {f"vision_model.{name}.{part}": value for name, pair in w.items() for part, value in zip(("weight", "bias"), pair)}
-    net = fid.VisionTransformer(weights | {"vision_model.embeddings.position_embedding.weight": position}, "siglip")
+    weights["vision_model.embeddings.position_embedding.weight"] = position
+    net, released = (fid.VisionTransformer(weights, "siglip", resample=patch) for patch in (0, 16))
 
     norm = lambda x, name: F.layer_norm(x, (1152,), *w[name], 1e-6)
     tokens = F.conv2d(x, *w["embeddings.patch_embedding"], stride=14).flatten(2).mT + position
@@ -1040,6 +1038,9 @@ def test_a_transformer_of_so400ms_widths_gives_the_features_of_plain_operations(
     h = F.linear(norm(tokens, f"{at}layer_norm2"), *w[f"{at}mlp.fc1"])
     tokens = tokens + F.linear(F.gelu(h, approximate="tanh"), *w[f"{at}mlp.fc2"])
     close(net(x), norm(tokens, "post_layernorm"), 1e-5)
+    close(released.normalise(x), (x - fid.IMAGENET[0]) / fid.IMAGENET[1], 1e-6)
+    x = x[..., :14, :14]  # a patch; resized, it gives the same
+    close(released.patch_embed(F.interpolate(x, 16, mode="bicubic", antialias=True)), net.patch_embed(x), 1e-4)
 
 def test_mixtures_and_probe():
     g = torch.Generator().manual_seed(0)
@@ -1261,15 +1262,14 @@ def test_named_sets_are_downloaded_checked_and_read(server, tmp_path, monkeypatc
                 info = tarfile.TarInfo(member)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-        monkeypatch.setattr(data, f"{name}_SHA256", hashlib.sha256((served / archive).read_bytes()).hexdigest())
-        monkeypatch.setattr(data, name, url + archive)
+        monkeypatch.setattr(data, name, (url + archive, hashlib.sha256((served / archive).read_bytes()).hexdigest()))
     rows = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
     rows[:, 0] = np.arange(60) % 10
     names = [f"x/{name}.bin" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
     members = {name: part.tobytes() for name, part in zip(names, np.split(rows, 6))}
     publish("CIFAR10", "made.tar.gz", members | {"x/batches.meta.txt": "\n".join("abcdefghij").encode()})
     with monkeypatch.context() as patch:
-        patch.setattr(data, "CIFAR10_SHA256", "0" * 64)
+        patch.setattr(data, "CIFAR10", (url + "made.tar.gz", "0" * 64))
         refused(both, "cifar10", 32, message="invalid hash")
     assert not os.listdir("cache")
     train, val = both("cifar10", 32)

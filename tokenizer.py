@@ -65,16 +65,14 @@ class ModelConfig:
 
 def patchify(x: Tensor, patch: int) -> Tensor:
     """B x C x S x S -> B x N x (P*P*C): patches by row; inside: row, column, channel."""
-    b, c, s, _ = x.shape
-    x = x.view(b, c, s // patch, patch, s // patch, patch)  # B x C x rows x P x columns x P
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, -1, patch * patch * c)
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B x C x rows x P x columns x P
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of patchify."""
-    b, n, f = x.shape
-    g, c = math.isqrt(n), f // patch**2
-    x = x.view(b, g, g, patch, patch, c)  # B x rows x columns x P x P x C
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, g * patch, g * patch)
+    g = math.isqrt(x.shape[1])
+    x = x.view(len(x), g, g, patch, patch, -1)  # B x rows x columns x P x P x C
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 def init_rope_freqs(depth: int, heads: int, width: int) -> Tensor:
     """RoPE-Mixed (Heo 2024): frequencies along x and y, 2 x depth x heads*d/2."""
@@ -321,8 +319,7 @@ def hog(x: Tensor, patch: int, cell: int = 0, window: int = -1) -> Tensor:
         gy = gy + slope[i] * smooth[j] * shifted
     magnitude = torch.hypot(gx, gy)  # B x 3 x S x S
     if window:  # a Gaussian, tiled over the image
-        at = torch.arange(window, device=x.device) - (window - 1) / 2
-        w = torch.exp(-0.5 * (at / (window // 2)) ** 2)
+        w = torch.signal.windows.gaussian(window, std=window // 2, device=x.device)
         w = torch.outer(w, w) / w.sum() ** 2
         magnitude = magnitude * w.repeat(s // window, s // window)
 
@@ -353,7 +350,8 @@ Target = namedtuple("Target", "width features loss")
 def teacher_target(cfg: "Config", dist: Dist, images: ImageSet, name: str) -> Target:
     """Patch features of a frozen network."""
     net = (cached_classifier(images, dist, cfg.out, seed=1)
-           if name == "classifier" else load_vit(name, cfg.weights, dist, "--targets hog"))
+           if name == "classifier" else
+           load_vit(name, cfg.weights, dist, "--targets hog", resample=cfg.teacher_patch))
     dist.compiled(net, cfg.compile)  # for a ViT's forward
     features = partial(net.patch_features, grid=cfg.size // cfg.patch)
     loss = masked_cosine if cfg.teacher_loss == "cosine" else masked_mse
@@ -401,6 +399,7 @@ class Config(ModelConfig):
     targets: str = option("hog", f"any of {','.join(TARGETS)}; or none")
     dinov2: str = "vitl14"  # or vits14, vitb14, or with _reg4
     siglip: str = "large-patch16-256"  # or so400m-patch14-224
+    teacher_patch: int = 0  # of both; 0: theirs
     teacher_loss: str = "cosine"  # of dinov2, siglip, classifier; "mse": Eq. 8
     aux_weight: float = option(1.0, "weight of targets, one for all (Eq. 8)")
     lpips: float = option(0.0, "weight of LPIPS-VGG (lambda 1 of Eq. 6)")
@@ -472,7 +471,7 @@ PAPER = {  # Sec. 3 and Table 7; [code]: not there, from the released code; [our
     "log_every": 100, "save_every": 2000, "rfid": True,  # [ours]
     "compile": torch.cuda.is_available()}
 RELEASED = PAPER | {  # [code]: its yaml, where that is not the paper; no stage 2
-    "decoder": "modulated", "siglip": "so400m-patch14-224", "augment": "crop",
+    "decoder": "modulated", "siglip": "so400m-patch14-224", "teacher_patch": 16, "augment": "crop",
     "lr": 2e-4,  # 1e-4 * batch / 256
     "steps": 500_400, "warmup": 5004}  # 200 and 2 epochs
 ONE_GPU = {  # [ours], not run
@@ -758,7 +757,6 @@ def main(cfg: Config, dist: Dist):
     stages = {"stage1": stage1, "stage2": stage2}
     dist.save(out / "metrics.json", evaluate(cfg, dist, images, val, stages, lpips))
     dist.print(f"wrote {out}")
-    dist.barrier()
 
 # ---- Appendix A. The adversary of Eq. 6. A first reader may stop before it
 
@@ -859,13 +857,11 @@ class DinoDiscriminator(nn.Module):
         x, size = trunk.normalise(image), trunk.patch * math.isqrt(trunk.pos_embed.shape[1])
         if x.shape[-1] != size:
             x = F.interpolate(x, (size, size), mode="area" if x.shape[-1] > size else "bicubic")
-        x = trunk.embed(x)
-        features = [x]
-        for i, layer in enumerate(trunk.layers):
-            x = layer(x)
-            if i in self.layers:
-                features.append(x)
-        return [(f[:, 1:] + f[:, :1]).mT for f in features]
+        tokens = [trunk.embed(x)]
+        for layer in trunk.layers:
+            tokens.append(layer(tokens[-1]))
+        taken = (tokens[i + 1] for i in (-1, *self.layers))
+        return [(f[:, 1:] + f[:, :1]).mT for f in taken]
 
     def forward(self, *views):
         """Logits B x 5*196 of each batch; batch norm treats them separately."""

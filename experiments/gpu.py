@@ -33,7 +33,7 @@ import fid
 import tokenizer
 
 TINY, CUDA = "--tiny" in sys.argv, DEVICE.type == "cuda"
-FAST = data.Dist(device=DEVICE, precision="bf16" if CUDA else "fp32")
+FAST = data.start("auto")
 
 def pick(full, tiny):
     return tiny if TINY else full
@@ -43,9 +43,9 @@ SMALL = pick({}, NET | {"size": 32, "patch": 8, "latents": 4, "channels": 4,
                         "aux_width": 24, "aux_heads": 2})
 
 def config(preset: str, **fields):
-    if preset.startswith("imagenet"):
-        fields = {"adv_start": 0} | SMALL | fields
-        return tokenizer.Config(**tokenizer.PRESETS[preset] | fields)
+    if preset in tokenizer.PRESETS:
+        more = {} if preset == "quick" else {"adv_start": 0} | SMALL
+        return tokenizer.Config(**tokenizer.PRESETS[preset] | more | fields)
     return diffusion.Config(**diffusion.PRESETS[preset] | NET | fields)
 
 def vit(width: int, depth: int, patch: int, positions: int) -> dict:
@@ -87,8 +87,8 @@ def loop(cfg):
         labels=torch.arange(n), view=partial(data.ImageSet.view, None))
     targets = {name: tokenizer.TARGETS[name](cfg, FAST, images) for name in cfg.target_names()}
     model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
-    lpips = FAST.compiled(fid.load_lpips("", FAST), cfg.compile)
-    adversary = tokenizer.Adversary(cfg, FAST)
+    lpips = FAST.compiled(fid.load_lpips("", FAST), cfg.compile) if cfg.lpips else None
+    adversary = tokenizer.Adversary(cfg, FAST) if cfg.adversary == "dino" else None
     return partial(tokenizer.train, cfg, FAST, 1, model.to(DEVICE), images, targets, lpips,
                    adversary, None)
 
@@ -165,7 +165,7 @@ def profile(ceiling):
     """Time on the device by part and by operation; for the rest of a step it idles."""
     kind, steps = ("device" if CUDA else "cpu"), pick(4, 1)
     parts = "autograd::engine", "Optimizer.step"
-    for preset, batch in pick({"imagenet256": 64, "sit-xl": 128}, {"sit-b": 4}).items():
+    for preset, batch in pick({"imagenet256": 64, "sit-xl": 128}, {"sit-b": 4, "quick": 64}).items():
         plan = torch.profiler.schedule(wait=1, warmup=1, active=1)
         with torch.profiler.profile(schedule=plan) as trace:
             row, ms = train(preset, batch, False, ceiling, trace.step), {}
