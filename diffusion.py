@@ -275,8 +275,7 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
         die("all latents are equal: the tokenizer has learned nothing, train it again")
     if dead:
         dist.print(f"warning: the latent channels {dead} are constant")
-    stats = mean.float(), std.clamp(min=least).float()
-    return LatentSet(rows, images.labels, np.arange(len(images)), *stats)
+    return LatentSet(rows, images.labels, np.arange(len(images)), mean.float(), std.clamp(min=least).float())
 
 # ---- Training
 

@@ -98,8 +98,7 @@ KEY_MAP = {  # names in the public files -> in torch's own layer
     "post_layernorm": "norm", "layer_norm": "norm"}
 # SigLIP's text half and pooling; training's mask
 UNUSED = re.compile(r"text_model\.|logit_|vision_model\.head\.|.*(_ids|mask_token)$")
-# Mean and deviation, on [-1, 1]
-IMAGENET = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]
+IMAGENET = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])[..., None, None]  # mean, std
 
 def freeze(net: nn.Module, dist: Dist) -> nn.Module:
     return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -170,7 +169,7 @@ class VisionTransformer(nn.Module):
         return self.norm(self.layers(self.embed(x)))  # B x (prefix + registers + N) x D
 
     def normalise(self, image: Tensor) -> Tensor:
-        plain = self.kind == "siglip" and not self.resampled  # trained on [-1, 1]
+        plain = self.kind == "siglip" and not self.resampled  # as trained
         return image if plain else (image - self.rgb[0]) / self.rgb[1]
 
     @torch.no_grad()
@@ -548,8 +547,8 @@ class Classifier(nn.Module):
         self.register_buffer("cov", torch.zeros(192, 192).double())
 
     def maps(self, x: Tensor) -> Tensor:
-        if x.shape[-1] > 64:
-            x = F.interpolate(x, 64, mode="area")
+        if not 8 <= x.shape[-1] <= 64:  # NaN below, in bf16
+            x = F.interpolate(x, 8 if x.shape[-1] < 8 else 64, mode="area")
         return self.stages(x)  # B x 192 x S/8 x S/8
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

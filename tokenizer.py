@@ -693,7 +693,7 @@ def evaluate(cfg: Config, dist: Dist, images: ImageSet, val: ImageSet, stages: d
         (train_z, train_y), (z, y) = (encode_dataset(stages["stage2"], part, dist) for part in (images, val))
         metrics["linear_probe"] = linear_probe(train_z, train_y, z, y, classes, dist.device)
         metrics["probe_images"] = len(train_z), len(z)
-        dist.print(f"linear probe of the latents: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,}, tested on {len(z):,}")
+        dist.print(f"linear probe: {metrics['linear_probe']:.1%}, fitted on {len(train_z):,}, tested on {len(z):,}")
 
     at = np.linspace(0, len(val) - 1, min(8, len(val))).astype(int)
     x, ratio = val[at], (cfg.mask_min + cfg.mask_max) / 2
