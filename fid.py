@@ -104,7 +104,7 @@ def freeze(net: nn.Module, dist: Dist) -> nn.Module:
     return net.to(dist.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 class VisionTransformer(nn.Module):
-    """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights or patches of `resample`."""
+    """DINO, DINOv2 or SigLIP's vision tower, sizes as in the weights; `resample`: other patches."""
 
     def __init__(self, weights: Weights, kind: str, heads: int = 0, resample: int = 0):
         super().__init__()
