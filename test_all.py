@@ -690,8 +690,7 @@ def made_weights(tmp_path_factory):
     at, dino = tmp_path_factory.mktemp("weights"), below(golden("maetok/disc_dino_a")[0], "dino/")
     dino |= {key.replace(".0.", f".{i}."): x for key, x in dino.items() if "blocks.0." in key for i in range(12)}
     dinov2, siglip = (golden(f"metrics/{name}")[2]["keys"] for name in ("dinov2", "siglip"))
-    for name, weights in {
-            "vgg16-397923af": filled({k: v for k, v in public_keys("vgg16").items() if "features" in k}, 1),
+    for name, weights in {"vgg16-397923af": filled({k: v for k, v in public_keys("vgg16").items() if "features" in k}, 1),
             "lpips_vgg": filled(public_keys("lpips_heads_v0.1_vgg"), 1),
             "pt_inception-2015-12-05-6726825d": filled(public_keys("inception_fid"), 1000),
             "dino_deitsmall16_pretrain": dino, "dinov2_vitl14_pretrain": filled(dinov2["plain"], 1)}.items():
@@ -1608,8 +1607,7 @@ def test_processes_train_as_one(made):
     assert_same("diffusion-one", "diffusion-two", "latents")
 
 def test_lightning_trains_and_an_earlier_checkpoint_guides(made):
-    call("diffusion --steps 6 --keep-every 3 --samples 0 --style lightning", made["diffusion"],
-         fields={"cosine_loss": 1.0})
+    call("diffusion --steps 6 --keep-every 3 --samples 0 --style lightning", made["diffusion"], fields={"cosine_loss": 1.0})
     run = partial(call, "sample --num-samples 9 --steps 2 --precision fp32 --guidance 99")
     run("--out plain")
     run("--out guided --guide out/diffusion/step-3.pt")
@@ -2085,8 +2083,7 @@ def test_random_damage_ends_in_one_line(chain):
     assert peak_memory() < peak + 500_000
 
 # Command lines (OUT: the folder of the tiny models), and what the one line must say
-MISTAKES = {
-    "tokenizer --step 3": "unrecognized arguments: --step 3", "tokenizer --steps abc": "invalid int value: 'abc'",
+MISTAKES = {"tokenizer --step 3": "unrecognized arguments: --step 3", "tokenizer --steps abc": "invalid int value: 'abc'",
     "tokenizer --preset huge": "invalid choice: 'huge'", "tokenizer --size 33": "--size 33 must be a multiple",
     "tokenizer --targets hogg": "--targets hogg", "tokenizer --batch-size 0": "--batch-size 0 must be at least 1",
     "tokenizer --mask-min 0.9": "--mask-min", "tokenizer --lpips 1 --weights offline": "or do without: --lpips 0",
@@ -2219,19 +2216,22 @@ def test_experiments_run(path, chain, made_weights):
         path.stem in ("finding", "samplers") and pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         for i, kind in enumerate(("ae", "hog_mask_20_60", "hog_depth_1", "mae_hog") if "bank" in line else ()):
             row = content_of("f/table/mae_hog-0.json") | {"kind": kind, "linear_probe": i, "ifd_classifier": -i}  # whose gFD rises
-            ONE.save(Path(f"bank/{kind}-0.json"), row | {"samples": row["samples"] | {"fd_classifier": i + 1.0}})
+            scores = {"fd_classifier": i + 1.0, "fd_to_reconstructions": i}
+            ONE.save(Path(f"bank/{kind}-0.json"), row | {"samples": scores, "samples_guided": scores})
         line = line.replace("CHAIN", str(chain)).replace("WEIGHTS", str(made_weights)).replace("HERE", str(HERE))
-        done = forking([sys.executable, str(path), *shlex.split(line)], env={**os.environ})
-        assert done.returncode == 0, Path("said").read_text()
-    assert path.stem != "finding" or "| -1.00 | -1.00 to -1.00 |" in Path("bank/table/predictors.md").read_text()
+        code = forking([sys.executable, str(path), *shlex.split(line)], env={**os.environ}).returncode
+        assert code == 0, Path("said").read_text()
+    assert path.stem != "finding" or 3 * "| -1.00 | -1.00 to -1.00 " in Path("bank/table/predictors.md").read_text()
     assert sum(line["whole"] and line["rows"] != {} for line in map(content_of, Path().glob("o/gpu*"))) == 8 * (path.stem == "gpu")
-    for made in Path().glob("finding*/*.md"):  # the tables in results/ are those that their runs make
+    for made in Path().glob("*/*.md"):  # the tables in results/ are those that their runs make
         assert made.read_text() == (HERE / "results" / made).read_text()
         rows = [content_of(path) for path in made.parent.glob("*.json")]
-        means = [[np.mean([value(row) for row in rows if row["kind"] == kind]) for kind in {row["kind"] for row in rows}]
-                 for value in (lambda row: row["linear_probe"], lambda row: row["samples"]["fd_classifier"])]
-        line = re.search("linear probe, % .*", made.read_text())[0]
-        assert made.stem == "table" or f"{scipy.stats.spearmanr(*means).statistic:+.2f}" == line.split("|")[1].strip()
+        kinds = [[row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}]
+        probe, *scores = ([np.mean([value(row) for row in of]) for of in kinds] for value in (
+            lambda row: row["linear_probe"], lambda row: row["samples"]["fd_classifier"],
+            lambda row: row["samples_guided"]["fd_classifier"], lambda row: row["samples"]["fd_to_reconstructions"]))
+        found = [f"{scipy.stats.spearmanr(probe, score).statistic:+.2f}" for score in scores]
+        assert made.stem == "table" or found == re.search(r"probe, % \| (.*)", made.read_text())[1].split(" | ")[::2]
 
 @pytest.mark.bookkeeping
 def test_budgets_and_what_the_readme_counts_and_quotes():

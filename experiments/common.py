@@ -68,22 +68,24 @@ def matmul_tflops(size: int, dtype=torch.bfloat16, rounds: int = 5) -> float:
     return 2 * size**3 / seconds(lambda: a @ a, rounds) / 1e12
 
 def figure(path, panels: dict, x: str, y: str, style: str = "o-", scale="linear") -> None:
-    """In each panel a curve (x values, y values) per name."""
+    """In each panel a curve (x values, y values) per name; more than three panels: in two rows."""
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError:
         sys.exit("figures need matplotlib: pip install matplotlib")
     plt.switch_backend("agg")
-    size = 3 + 4 * len(panels), 4
-    plot, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for ax, (title, curves) in zip(axes[0], panels.items()):
+    rows, colors = 1 + (len(panels) > 3), plt.cm.tab20.colors
+    columns = -(-len(panels) // rows)
+    plot, axes = plt.subplots(rows, columns, figsize=(3 + 4 * columns, 4 * rows),
+                              sharey="row", squeeze=False, layout="constrained")
+    for ax, (title, curves) in zip(axes.flat, panels.items()):
+        ax.set_prop_cycle(color=colors[::2] + colors[1::2])  # the pale ones last
         for name, points in curves.items():
             ax.plot(*points, style, label=name)
         ax.set(title=title, xlabel=x, ylabel=y)
         if scale != "linear":  # setting that would lose names on the axis
             ax.set_xscale(scale)
-    ax.legend(fontsize=8)
-    plot.tight_layout()
+    plot.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     plot.savefig(path, dpi=110)
 
 def commit(folder=ROOT) -> str:

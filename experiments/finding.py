@@ -16,6 +16,7 @@ import functools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -58,16 +59,16 @@ MEASURES = {
     "latents: directions for 90 % of the variance": ("dimensions_for_90_percent", 0, 1),
     "latents: NLL per dimension, 8 Gaussians": ("mixture_nll_per_dimension.8", 3, 1),
     "latents: NLL per dimension, 32 Gaussians": ("mixture_nll_per_dimension.32", 3, 1),
-    "latents: the same, 100 diagonal": ("diagonal_mixture_nll_per_dimension.100", 3, 1),
-    "latents: distance of interpolations": ("ifd_classifier", 2, 1),
+    "latents: NLL per dimension, 100 diagonal": ("diagonal_mixture_nll_per_dimension.100", 3, 1),
+    "latents: iFD, of interpolations": ("ifd_classifier", 2, 1),
     "latents: variance of the velocity, t = 0.3": ("velocity_variance.0.3", 4, 1),
     "latents: variance of the velocity, t = 0.5": ("velocity_variance.0.5", 4, 1),
     "latents: variance of the velocity, t = 0.7": ("velocity_variance.0.7", 4, 1),
 }
-GFD = ("samples.fd_classifier", "samples_guided.fd_classifier")
+SCORES = {"gFD": "samples.fd_classifier", "gFD, guided": "samples_guided.fd_classifier",
+          "distance": "samples.fd_to_reconstructions"}  # the last one is without the decoder's error
 PREDICTORS = [name for name in MEASURES if name.startswith(("latents", "recon", "diffusion"))]
-SHOWN = ("reconstruction: rFD, stage 2", "latents: linear probe, %", "latents: distance of interpolations",
-         "latents: the same, 100 diagonal", "latents: variance of the velocity, t = 0.5")
+SHOWN = ("stage2.fd_classifier", "linear_probe", "ifd_classifier")  # in predictors.png
 PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json",
          "stage1/metrics.json", "guided/metrics.json")
 
@@ -86,9 +87,8 @@ def commands(at: Path, kind: str, seed: int, cfg):
 
     stage1 = ["--model", model, "--tokenizer", at / "tokenizer/stage1.pt", "--guidance", 1]
     for name, args in {"stage1": stage1, "guided": ["--model", model]}.items():
-        file = f"{name}/samples.npz"
-        yield file, "sample.py", [*args, "--seed", seed, "--out", at / name]
-        yield f"{name}/metrics.json", "fid.py", ["--samples", at / file]
+        yield f"{name}/samples.npz", "sample.py", [*args, "--seed", seed, "--out", at / name]
+        yield f"{name}/metrics.json", "fid.py", ["--samples", at / name / "samples.npz"]
 
 def run(kind: str, seed: int, cfg) -> None:
     at = cfg.table / f"{kind}-{seed}"
@@ -96,12 +96,11 @@ def run(kind: str, seed: int, cfg) -> None:
     for result, script, args in commands(at, kind, seed, cfg):
         if not (at / result).exists():
             print(f"{at.name}: {script} -> {result}", flush=True)
-            more = cfg.args.get(script, [])
-            run_script(script, *args, *more, log=at / "log.txt", OMP_NUM_THREADS="1")
+            run_script(script, *args, *cfg.args.get(script, []), log=at / "log.txt", OMP_NUM_THREADS="1")
 
 def run_all(cfg) -> None:
-    names = ("steps", "stage2_steps", "diffusion_steps", "dims", "args")
-    settings, path = {name: getattr(cfg, name) for name in names}, cfg.table / "settings.json"
+    path = cfg.table / "settings.json"
+    settings = some(vars(cfg), "steps", "stage2_steps", "diffusion_steps", "dims", "args")
     if path.exists() and read_json(path) != settings:
         sys.exit(f"finding.py: {cfg.table} was made with {read_json(path)}; give another --out")
     write_json(path, settings)
@@ -172,26 +171,26 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
 
-def predictors(kinds: dict[str, list]) -> list[list[str]]:
-    """For each predictor its rank correlation with both gFD over the kinds, and bootstrap intervals."""
+def predictors(kinds: dict[str, list]) -> dict[str, dict[str, tuple]]:
+    """{predictor: {score: (rank correlation over the kinds, its bootstrap interval)}}."""
     drawn = np.random.default_rng(0).integers(0, len(kinds), (2000, len(kinds)))
-    drawn[0], rows = np.arange(len(kinds)), []
+    drawn[0], found = np.arange(len(kinds)), {}
     for title in PREDICTORS if len(kinds) > 3 else ():
-        x, *targets = (np.array([values_of(of, key).mean() for of in kinds.values()])[drawn]
-                       for key in (MEASURES[title][0], *GFD))
+        x, *scores = (np.array([values_of(of, key).mean() for of in kinds.values()])[drawn]
+                      for key in (MEASURES[title][0], *SCORES.values()))
         if np.ptp(x[0]) > 0:  # not nan
-            rows.append([title])
-            for again in (rank_correlation(x, y) for y in targets):
+            found[title] = {}
+            for name, again in zip(SCORES, (rank_correlation(x, y) for y in scores)):
                 low, high = np.nanpercentile(again, (2.5, 97.5))
-                rows[-1] += [f"{again[0]:+.2f}", f"{low:+.2f} to {high:+.2f}"]
-    return rows
+                found[title][name] = f"{again[0]:+.2f}", f"{low:+.2f} to {high:+.2f}"
+    return found
 
 def to_markdown(lines: list) -> str:
     lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]
     return "\n".join([lines[0], "|---" * (lines[0].count("|") - 1) + "|", *lines[1:]]) + "\n"
 
 def markdown(kinds: dict[str, list]) -> str:
-    """Mean over the seeds ± standard deviation (n - 1). A row per measure, or per kind if they are many."""
+    """A row per measure: mean over the seeds ± standard deviation (n - 1)."""
     lines = []
     for title, (key, digits, factor) in MEASURES.items():
         cells = [title]
@@ -203,8 +202,7 @@ def markdown(kinds: dict[str, list]) -> str:
             cells.append(f"{values.mean():.{digits}f}{spread}")
         else:
             lines.append(cells)
-    lines = [["", *kinds], *lines, ["seeds", *(str(len(rows)) for rows in kinds.values())]]
-    return to_markdown([*zip(*lines)] if len(kinds) > 6 else lines)
+    return to_markdown([["", *kinds], *lines, ["seeds", *(str(len(rows)) for rows in kinds.values())]])
 
 def table(folder: Path, out: Path) -> None:
     """Write table.md, predictors.md, a JSON file per run, and the figures."""
@@ -213,13 +211,24 @@ def table(folder: Path, out: Path) -> None:
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in names}
     for row in rows:
         write_json(out / f"{row['kind']}-{row['seed']}.json", row)
-    (out / "table.md").write_text(markdown(kinds))
-    print(markdown(kinds))
-    correlations = predictors(kinds)
-    if correlations:
-        text = to_markdown([["predictor", "with gFD", "95 %", "with gFD, guided", "95 %"], *correlations])
+    groups = [{kind: of for kind, of in kinds.items() if (len(of) > 1) == many} for many in (True, False)]
+    text = "\n".join(markdown(group) for group in groups if group)
+    (out / "table.md").write_text(text)
+    print(text)
+
+    found, panels = predictors(kinds), {}
+    for name, title in product(("gFD", "distance"), found):
+        key, _, factor = MEASURES[title]
+        if key in SHOWN:
+            panels[f"{title}: {found[title][name][0]} with {name}"] = {
+                kind: (factor * values_of(of, key).mean(), values_of(of, SCORES[name]).mean())
+                for kind, of in kinds.items()}
+    if found:
+        lines = [["predictor", *(word for name in SCORES for word in (f"with {name}", "95 %"))]]
+        text = to_markdown(lines + [[title, *sum(cells.values(), ())] for title, cells in found.items()])
         (out / "predictors.md").write_text(text)
         print(text)
+        figure(out / "predictors.png", panels, "", "fd_classifier", "o")
     print(f"wrote {out}/table.md of {len(rows)} runs, of commits", *{str(row.get("commit")) for row in rows})
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
@@ -233,28 +242,20 @@ def table(folder: Path, out: Path) -> None:
         return {kind: ([*map(int, of[0][name])], np.mean([[*row[name].values()] for row in of], 0))
                 for kind, of in kinds.items()}
 
-    points = {kind: ([100 * row["linear_probe"] for row in of],
-                     [row["samples"]["fd_classifier"] for row in of]) for kind, of in kinds.items()}
-    panels, gfd = {"full covariances": means("mixture_nll_per_dimension")}, "gFD without guidance"
+    panels = {"full covariances": means("mixture_nll_per_dimension")}
     if all("velocity_variance" in row for row in rows):  # runs of today's code
         panels["diagonal covariances, as released"] = means("diagonal_mixture_nll_per_dimension")
-    figure(out / "probe.png", {"": points}, "linear probe of the latents, %", gfd, "o")
     figure(out / "mixtures.png", panels, "Gaussians in the mixture", "held-out NLL per dimension", scale="log")
 
-    score = {kind: values_of(of, GFD[0]).mean() for kind, of in kinds.items()}
-    clouds = {title: {kind: (values_of(of, MEASURES[title][0]).mean(), score[kind]) for kind, of in kinds.items()}
-              for title, *_ in correlations if title in SHOWN}
-    if clouds:
-        figure(out / "predictors.png", clouds, "", gfd, "o")
-    panels = {}
+    panels, gfd = {}, {kind: values_of(of, SCORES["gFD"]).mean() for kind, of in kinds.items()}
     for title, points in SWEEPS.items():
         paper = {kind: gfid for _, kind, gfid in points if gfid}
-        points = [(x, kind) for x, kind, _ in points if kind in score]
+        points = [(x, kind) for x, kind, _ in points if kind in kinds]
         panels[title] = {
-            "here: gFD": ([x for x, _ in points], [score[kind] / score["mae_hog"] for _, kind in points]),
+            "here: gFD": ([x for x, _ in points], [gfd[kind] / gfd["mae_hog"] for _, kind in points]),
             "the paper: gFID": ([x for x, kind in points if kind in paper],
                                 [paper[kind] / paper["mae_hog"] for _, kind in points if kind in paper])}
-    if {"hog_mask_20_60", "hog_depth_1", "mae_hog"} <= score.keys():
+    if {"hog_mask_20_60", "hog_depth_1", "mae_hog"} <= kinds.keys():
         figure(out / "sweeps.png", panels, "", "gFD or gFID, the default is 1")
 
 def main():

@@ -252,8 +252,7 @@ def main():
     parser = common.make_parser(__doc__)
     parser.add_argument("line", choices=["all", *LINES])
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
-    out = "folder of gpu_LINE.json"
-    parser.add_argument("--out", type=Path, default=ROOT / "results", help=out)
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="for gpu_LINE.json")
     cfg = parser.parse_args()
     cfg.out.mkdir(parents=True, exist_ok=True)
     end, most, now = time.time() + pick(530, 3000), pick(115, 500), common.commit()

@@ -18,8 +18,7 @@ def score(cfg, key: dict) -> dict:
     run_script("fid.py", "--samples", cfg.out / "samples/samples.npz")
     scores = read_json(cfg.out / "samples/metrics.json")["samples"]
     calls = key["steps"] * 2 - 1 if key["sampler"] == "heun" else key["steps"]
-    names = "fd_classifier", "class_accuracy"
-    return key | {"calls": calls} | {name: round(scores[name], 4) for name in names}
+    return key | {"calls": calls} | {k: round(scores[k], 4) for k in ("fd_classifier", "class_accuracy")}
 
 def draw(rows: list[dict], path: Path) -> None:
     """A panel per sampler, a curve per guidance."""
@@ -46,8 +45,7 @@ def main():
 
     path, fresh = cfg.out / "samplers.json", made_by("samplers.py") | {"seed": cfg.seed, "rows": []}
     result = read_json(path) if path.exists() else fresh
-    grid = itertools.product(cfg.samplers, cfg.guidance, cfg.high, cfg.steps)
-    for sampler, guidance, high, steps in grid:
+    for sampler, guidance, high, steps in itertools.product(cfg.samplers, cfg.guidance, cfg.high, cfg.steps):
         key = {"sampler": sampler, "steps": steps, "guidance": guidance, "low": 0.0, "high": high}
         known = any(key.items() <= row.items() for row in result["rows"])
         if not known and (guidance > 1 or high == 1):  # without guidance the interval changes nothing
