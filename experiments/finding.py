@@ -228,7 +228,7 @@ def table(folder: Path, out: Path) -> None:
         text = to_markdown(lines + [[title, *sum(cells.values(), ())] for title, cells in found.items()])
         (out / "predictors.md").write_text(text)
         print(text)
-        figure(out / "predictors.png", panels, "", "fd_classifier", "o")
+        figure(out / "predictors.png", panels, "", "gFD (above), distance (below)", "o")
     print(f"wrote {out}/table.md of {len(rows)} runs, of commits", *{str(row.get("commit")) for row in rows})
 
     paths = {kind: folder / f"{kind}-{of[0]['seed']}/guided/samples.npz" for kind, of in kinds.items()}
