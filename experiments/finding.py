@@ -66,7 +66,7 @@ MEASURES = {
     "latents: variance of the velocity, t = 0.7": ("velocity_variance.0.7", 4, 1),
 }
 SCORES = {"gFD": "samples.fd_classifier", "gFD, guided": "samples_guided.fd_classifier",
-          "distance": "samples.fd_to_reconstructions"}  # the last one is without the decoder's error
+          "distance": "samples.fd_to_reconstructions"}
 PREDICTORS = [name for name in MEASURES if name.startswith(("latents", "recon", "diffusion"))]
 SHOWN = ("stage2.fd_classifier", "linear_probe", "ifd_classifier")  # in predictors.png
 PARTS = ("tokenizer/metrics.json", "analysis/analysis.json", "diffusion/metrics.json",
