@@ -509,7 +509,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     socket.setdefaulttimeout(60)
     bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
     with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
-        # It raises if the connection ends early
+        # It raises if it is cut short
         urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
         if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")
@@ -542,8 +542,7 @@ class ImageSet:
             meta = json.loads((folder / "packed.json").read_text())
             if meta["format"] != FORMAT:
                 raise ValueError(f"its format is {meta['format']}")
-            names = "size", "classes", "fingerprint"
-            self.size, self.classes, self.fingerprint = (meta[name] for name in names)
+            self.size, self.classes, self.fingerprint = meta["size"], meta["classes"], meta["fingerprint"]
             self.rows = Shards(sorted(folder.glob("images/*.npy")))
             labels = np.load(folder / "labels.npy")
             is_train = np.arange(len(labels)) < meta["training_images"]

@@ -260,8 +260,8 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
             z.append(torch.stack(views, 1).cpu())
         return torch.cat(z).numpy()
 
-    made_of = made_of | {"precision": dist.precision}
     length = 1000 // batch * batch  # few files: Linux maps 65,530
+    made_of = made_of | {"precision": dist.precision}
     rows = make_shards(folder, len(images), length, encode, made_of, dist, "encoding")
     sums = torch.zeros(2, rows.shape[-1], device=dist.device).double()
     for array in rows.arrays[dist.rank::dist.world_size]:
@@ -323,8 +323,7 @@ class Config:
 
     def check(self):
         if self.width % (2 * self.heads) or self.guidance_high > 1:
-            raise ValueError(
-                f"--width {self.width} must be a multiple of 2 --heads, and --guidance-high at most 1")
+            raise ValueError(f"--width {self.width} is no multiple of 2 --heads, or --guidance-high is above 1")
         if self.cosine_loss and not self.clip:
             raise ValueError("cosine_loss needs a clip above 0, else training diverges")
 
@@ -494,7 +493,6 @@ def evaluate(cfg: Config, dist: Dist, model, tokenizer, images, val, make) -> di
     rows = {"real validation images": judge.score(val, val.labels)[0]}
     rows["samples"], moments = judge.score(samples, y)
     rows["reconstructions"], recon_moments = judge.score(recons, val.labels)
-    # Without the error of the decoder
     rows["samples"]["fd_to_reconstructions"] = frechet_distance(*moments, *recon_moments)
     for name, row in rows.items():
         dist.print(f"{name:32s}", *(f"{key} {value:.4g} " for key, value in row.items()))

@@ -726,13 +726,13 @@ def test_all_losses_train_resume_and_share_out(made_weights, cache):
     for one, two in zip(log_of("whole"), log_of("two"), strict=True):
         first = one["stage"] == "stage 1"
         terms = {"stage", "step", "lr"} | (LOSSES if first else {"recon", "lpips", "grad"})
-        assert one.keys() == terms | (ADVERSARIAL if not first or one["step"] >= 3 else set()), one
+        assert one.keys() - {"val_psnr"} == terms | (ADVERSARIAL if not first or one["step"] >= 3 else set()), one
         for name in one.keys() - {"stage"}:
-            tolerance = {"adaptive": 0.5, "grad": 0.1, "grad_d": 1e-2}.get(name, 1e-4 if first else 1e-3)  # L_adv has a small
-            assert two[name] == pytest.approx(one[name], rel=tolerance, abs=1e-6), (name, one, two)  # gradient: rounding tells
-            assert math.isfinite(one[name])
+            rel = {"adaptive": 0.5, "grad": 0.1, "grad_d": 1e-2}.get(name, 1e-4 if first else 1e-3)  # L_adv: rounding tells
+            assert abs(two[name] - one[name]) / max(abs(one[name]), 1e-6 / rel) <= rel, (name, one, two)  # also if not finite
     metrics, stage1, stage2 = (content_of(f"whole/{name}") for name in ("metrics.json", "stage1.pt", "ckpt.pt"))
     assert metrics["stage2"]["lpips"] > 0 and metrics["stage2"]["rfid"] > 0
+    assert metrics["stage2"]["psnr"] == pytest.approx(one["val_psnr"])  # of whole images
     assert {k for k, w in stage1.items() if not torch.equal(w, stage2.get(k, w))} == {k for k in stage1 if "'decoder." in k}
     kill_when(lambda: logged("cut", "stage 1", 5), run("--out cut", background=True))
     assert "continuing" in run("--out cut")
@@ -757,7 +757,7 @@ def test_a_step_has_the_gradients_of_the_sum(made_weights, monkeypatch, stage, a
     monkeypatch.setattr(tokenizer, "make_optimizers", lambda *args: [idle])
     monkeypatch.setattr(tokenizer, "random_mask", lambda batch, n, ratio, generator: ratios.append(ratio) or mask)
     monkeypatch.setattr(tokenizer, "Loader", lambda *args: loader)
-    tokenizer.train(cfg, ONE, stage, model, None, targets, lpips, adversary, None)
+    tokenizer.train(cfg, ONE, stage, model, None, data.to_uint8(x), targets, lpips, adversary, None)
 
     out = model(x, mask)
     loss = F.mse_loss(out["recon"], x) + min(1, stage / 4) * lpips(out["recon"], x).mean()
@@ -861,8 +861,8 @@ def test_a_step_of_the_tokenizer_keeps_to_its_device(made_weights, meta, stage, 
     with META:
         model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
     adversary = tokenizer.Adversary(cfg, meta) if cfg.adversary == "dino" else None
-    average = tokenizer.train(cfg, meta, stage, model, blank_images(256), targets, fid.load_lpips(cfg.weights, meta),
-                              adversary, None)
+    average = tokenizer.train(cfg, meta, stage, model, blank_images(256), torch.zeros(2, 3, 256, 256).byte(), targets,
+                              fid.load_lpips(cfg.weights, meta), adversary, None)
     assert all(p.is_meta for p in (*average.parameters(), *average.buffers()))
 
 @pytest.mark.parametrize("fields", [
@@ -1748,7 +1748,7 @@ def test_what_would_spoil_a_result_is_refused(chain, made, capsys):
         refused(call, "sample --num-samples 9", made["sample"], "--model x.pt", message="the velocity of sample 0 is not finite")
     state, images = torch.load(chain / "tokenizer/ckpt.pt"), data.ImageSet("shapes", 16, "val")
     weight, bias = (state["ema"][f"{name}"].clone() for name in ("to_latent.weight", "decoder.head.bias"))
-    state["ema"]["decoder.head.bias"], state["config"]["adv_norm"] = bias * math.nan, "batch"  # once a field
+    state["ema"]["decoder.head.bias"] = bias * math.nan
     ONE.save(Path("t.pt"), state)
     refused(tokenizer.reconstruct, tokenizer.load_tokenizer("t.pt", CPU)[0], images[np.arange(3)], ONE, message="not finite")
     state["ema"]["decoder.head.bias"] = bias
@@ -2238,7 +2238,7 @@ def test_budgets_and_what_the_readme_counts_and_quotes():
     """Lines, bytes, imported names; the README's line counts; each of its Python blocks is code that is there."""
     sources = {path.stem: path.read_text().splitlines() for path in HERE.glob("*.py")}
     assert sources.keys() == {*STAGES, "test_all"} and len(sources["test_all"]) <= 2295
-    assert sum(len(sources[name]) for name in STAGES) <= 3535
+    assert sum(len(sources[name]) for name in STAGES) <= 3534
     assert sum((HERE / f"{name}.py").stat().st_size for name in STAGES) <= 186_800
     assert sum(len(p.read_text().splitlines()) for p in (HERE / "experiments").glob("*.py")) <= 1157
     for name, source in sources.items():

@@ -30,7 +30,7 @@ from data import (
     reading, save_grid, set_lr, to_float, to_uint8)
 from fid import (
     Weights, cached_classifier, fold_layer_scale, linear_probe, load_lpips, load_vit, read_weights,
-    reconstruction_metrics)
+    psnr, reconstruction_metrics)
 
 # ---- The model
 
@@ -492,7 +492,7 @@ PRESETS = {
     # [ours], from Sec. 3: 128 latents at 512 px too, patch still 16
     "imagenet512": PAPER | {"size": 512, "micro_batch": 16}}
 
-def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet,
+def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSet, val: Tensor,
           targets: dict[str, Target], lpips, adversary, state: dict | None) -> Tokenizer:
     """Stage 1: all parts, by Eq. 6 and Eq. 8; stage 2: the decoder, by Eq. 6. -> averaged model."""
     steps = cfg.steps if stage == 1 else cfg.stage2_steps
@@ -535,8 +535,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
         for micro, share in dist.micro_batches(net, len(x), cfg.micro_batch):  # share: its part of x
             with dist.autocast():
                 out = net(*(rows[micro] for rows in inputs))
-                # Eq. 6. We detach the reconstruction. Each image loss gives a gradient at the
-                # pixels. The adaptive weight needs these gradients
+                # Eq. 6, at the detached pixels: the adaptive weight needs the gradient of each loss there
                 recon = out["recon"].detach().requires_grad_()
                 losses = image_loss(recon, x[micro], lpips)
             nll = losses["recon"]
@@ -577,9 +576,11 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             terms |= adversary.train_step(x, torch.cat(recons), total_step)
         ema.update(step)  # the model that is evaluated
 
-        log.add(lr_scale, **terms)  # does not wait for the device
         done = step + 1
         saving = done == steps or done % cfg.save_every == 0
+        if saving:  # a failure on whole images shows only here
+            terms["val_psnr"] = psnr(val.to(x.device), reconstruct(ema.model, val, dist)).mean()
+        log.add(lr_scale, **terms)
         if saving or done % cfg.log_every == 0:
             log.write(done)  # a term that is not finite ends the run; the old checkpoint stays
         if saving:
@@ -646,7 +647,7 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
     """The averaged model of a checkpoint, without auxiliary decoders; its settings."""
     state = load_checkpoint(path, "tokenizer")
     with reading(path, "a tokenizer of this code"):
-        cfg = Config(**{k: v for k, v in state["config"].items() if k != "adv_norm"})  # once a field
+        cfg = Config(**state["config"])
         with torch.device("meta"):
             model = Tokenizer(cfg)
         weights = {name: w for name, w in state["ema"].items() if name[:4] != "aux."}
@@ -714,6 +715,7 @@ def main(cfg: Config, dist: Dist):
     if cfg.augment == "crop":  # from larger images
         source = dist.rank0_first(lambda: ImageSet(cfg.data, math.ceil(1.25 * cfg.size), "train"))
     val = ImageSet(cfg.data, cfg.size, "val")
+    shown = val[np.linspace(0, len(val) - 1, min(64, len(val))).astype(int)]
     cfg = replace(cfg, data=images.data, images=images.fingerprint)
     dist.print(f"{cfg.data}: {images.describe()}; validation {len(val):,}")
 
@@ -725,7 +727,7 @@ def main(cfg: Config, dist: Dist):
             dist.die(f"{out} holds the ckpt.pt of something else: give another --out")
         dist.print(f"continuing {out / 'ckpt.pt'} at step {step} of stage {stage}, saved by {state['commit']}")
 
-    if cfg.init:  # known by its hash, wherever it lies
+    if cfg.init:  # known by its hash
         weights, digest = read_init(cfg.init)
         cfg = replace(cfg, init=digest)
 
@@ -746,14 +748,14 @@ def main(cfg: Config, dist: Dist):
 
     if stage == 1:
         if not cfg.stage2_only:
-            model = train(cfg, dist, 1, model, source, targets, lpips, adversary, state)
+            model = train(cfg, dist, 1, model, source, shown, targets, lpips, adversary, state)
         dist.save(out / "stage1.pt", {"kind": "tokenizer", "config": asdict(cfg), "ema": model.state_dict()})
         dist.barrier()
         state = targets = model = weights = None  # frees the memory of the teachers
 
     stage1, stage2 = (load_tokenizer(out / "stage1.pt", dist.device)[0] for _ in range(2))
     if cfg.stage2_steps:
-        stage2 = train(cfg, dist, 2, stage2.train(), source, {}, lpips, adversary, state)
+        stage2 = train(cfg, dist, 2, stage2.train(), source, shown, {}, lpips, adversary, state)
     stages = {"stage1": stage1, "stage2": stage2}
     dist.save(out / "metrics.json", evaluate(cfg, dist, images, val, stages, lpips))
     dist.print(f"wrote {out}")
