@@ -943,8 +943,8 @@ class Log:
             pair = value if isinstance(value, tuple) else (value, torch.ones_like(value))
             self.terms.setdefault(name, []).append(torch.stack(pair).detach().float())
 
-    def write(self, step: int):
-        """A line of means since the last. A term that is not finite ends the run."""
+    def write(self, step: int, more: Callable = dict):
+        """A line of means since the last, and more(). A term that is not finite ends the run."""
         entry, lr = {}, [self.cfg.lr * scale for scale in self.scales]
         for name, rows in self.terms.items():
             rows = self.dist.all_reduce(torch.stack(rows)).cpu().double()  # steps x 2
@@ -959,6 +959,7 @@ class Log:
         rate = len(lr) * self.cfg.batch_size / seconds
         entry |= {"lr": lr[-1], "images_per_s": rate, "tflops": rate * self.flops / 1e12,
                   "data_wait": (self.loader.wait_seconds - self.waited) / seconds}
+        entry |= {name: value.item() for name, value in more().items()}
         if self.dist.device.type == "cuda":
             entry["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.dist.is_main:

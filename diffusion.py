@@ -406,8 +406,7 @@ def train(cfg: Config, dist: Dist, latents: LatentSet, meta: dict, preview, init
         if saving or keeping or done % cfg.log_every == 0:
             log.write(done)  # ends the run if a term is not finite
         if saving or keeping:
-            state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done}
-            state["ema"] = ema.model.state_dict()
+            state = meta | {"kind": "diffusion", "config": asdict(cfg), "step": done, "ema": ema.model.state_dict()}
         if keeping:
             dist.save(ckpt.with_name(f"step-{done}.pt"), state)
         if saving:

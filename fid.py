@@ -87,7 +87,7 @@ def fold_layer_scale(weights: Weights, attention: str, mlp: str):
         for scale, layer in (("ls1", block + attention), ("ls2", block + mlp)):
             gamma, bias = weights.pop(f"{block}{scale}.gamma"), weights[f"{layer}.bias"]
             weights[f"{layer}.weight"] = weights[f"{layer}.weight"] * gamma[:, None]
-            weights[f"{layer}.bias"] = bias * gamma.view_as(bias)  # of one size
+            weights[f"{layer}.bias"] = bias * gamma.view_as(bias)
 
 # ---- Frozen networks: vision transformers, LPIPS, Inception
 
@@ -792,7 +792,7 @@ def compare_latents(cfg: Config, dist: Dist):
         (z, y), (v, u) = (encode_dataset(model, images, dist) for images in (train, val))
         row = rows[path] = {"latents": list(z.shape[1:]), "data": data}
         normal = (z - z.mean((0, 1))) / z.std((0, 1)).clamp(min=1e-9)  # as the generator sees them
-        normal, shape = normal.flatten(1).to(dist.device), z.shape[1:]
+        normal = normal.flatten(1).to(dist.device)
         row["velocity_variance"] = {t: velocity_variance(normal, t) for t in (0.3, 0.5, 0.7)}
         z, v = latents[path] = [x.flatten(1).to(dist.device) for x in (z, v)]
         variance = torch.linalg.eigvalsh(torch.cov(z.double().T)).flip(0).cumsum(0)
@@ -800,7 +800,7 @@ def compare_latents(cfg: Config, dist: Dist):
         if len(train.classes) > 1:
             row["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
             row["probe_images"] = len(z), len(v)  # evenly spaced in large sets
-        h = interpolate(v, z).unflatten(1, shape)
+        h = interpolate(v, z).unflatten(1, row["latents"])
         mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
         if len(train.classes) > 1 and cfg.features != "fid":
             judge = cached_classifier(train, dist, cfg.out)

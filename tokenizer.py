@@ -510,6 +510,9 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
     log = Log(cfg, dist, f"stage {stage}", start, steps, loader)
     log.count_flops(model, torch.zeros(1, 3, cfg.size, cfg.size), torch.zeros(1, n).bool())
 
+    def whole():  # masked losses do not show a failure on whole images
+        return {"val_psnr": psnr(val.to(dist.device), reconstruct(ema.model, val, dist)).mean()}
+
     for step in range(start, steps):
         total_step = step if stage == 1 else cfg.steps + step
         adversarial = adversary and total_step + 1 >= cfg.adv_start
@@ -563,7 +566,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             # its value means nothing. DDP averages over processes in the last micro-batch
             image_term = (out["recon"] * grad_recon).sum()
             ((image_term + aux_loss) * share).backward()
-            recons.append(recon.detach())  # for the discriminator
+            recons.append(recon.detach())
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0) + share * value.detach()
 
@@ -574,15 +577,13 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             optimizer.zero_grad()
         if adversarial:
             terms |= adversary.train_step(x, torch.cat(recons), total_step)
-        ema.update(step)  # the model that is evaluated
+        ema.update(step)  # it is evaluated
 
         done = step + 1
         saving = done == steps or done % cfg.save_every == 0
-        if saving:  # a failure on whole images shows only here
-            terms["val_psnr"] = psnr(val.to(x.device), reconstruct(ema.model, val, dist)).mean()
         log.add(lr_scale, **terms)
         if saving or done % cfg.log_every == 0:
-            log.write(done)  # a term that is not finite ends the run; the old checkpoint stays
+            log.write(done, whole if saving else dict)
         if saving:
             dist.save(Path(cfg.out) / "ckpt.pt", {
                 "kind": "tokenizer", "config": asdict(cfg), "stage": stage, "step": done,
