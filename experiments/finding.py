@@ -211,7 +211,7 @@ def table(folder: Path, out: Path) -> None:
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in names}
     for row in rows:
         write_json(out / f"{row['kind']}-{row['seed']}.json", row)
-    groups = [{kind: of for kind, of in kinds.items() if (len(of) > 1) == many} for many in (True, False)]
+    groups = [{kind: of for kind, of in kinds.items() if kind.startswith("hog") == sweep} for sweep in (False, True)]
     text = "\n".join(markdown(group) for group in groups if group)
     (out / "table.md").write_text(text)
     print(text)
