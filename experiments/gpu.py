@@ -89,7 +89,7 @@ def loop(cfg):
     model = tokenizer.Tokenizer(cfg, {name: target.width for name, target in targets.items()})
     lpips = FAST.compiled(fid.load_lpips("", FAST), cfg.compile) if cfg.lpips else None
     adversary = tokenizer.Adversary(cfg, FAST) if cfg.adversary == "dino" else None
-    return partial(tokenizer.train, cfg, FAST, 1, model.to(DEVICE), images, targets, lpips,
+    return partial(tokenizer.train, cfg, FAST, 1, model.to(DEVICE), images, None, targets, lpips,
                    adversary, None)
 
 def train(preset: str, batch: int, compiled: bool, ceiling: float, then=lambda: None) -> dict:
@@ -99,7 +99,7 @@ def train(preset: str, batch: int, compiled: bool, ceiling: float, then=lambda: 
                  steps=pick(16, 3), log_every=every, save_every=10**9)
     work = loop(cfg)
 
-    def line(log, step):
+    def line(log, step, more=None):  # val_psnr is not measured
         waits = sum("synchroniz" in str(warning.message) for warning in caught)
         seen.append((counters["stats"]["unique_graphs"], waits / every))
         write(log, step)  # waits
