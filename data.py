@@ -509,7 +509,7 @@ def download(url: str, path: Path, digest: str, hint: str = "") -> Path:
     socket.setdefaulttimeout(60)
     bar = tqdm(desc=path.name, unit="B", unit_scale=True, disable=None)
     with writing(path, f" from {url}. Put the file there{hint}") as file, bar:
-        # It raises if it is cut short
+        # It raises if cut short
         urlretrieve(url, file.name, lambda blocks, size, total: bar.update(size))
         if not sha256(file.read()).hexdigest().startswith(digest):
             raise OSError(f"invalid hash, not {digest}")

@@ -260,8 +260,8 @@ def encode_dataset(tokenizer, images: ImageSet, folder: Path, made_of: dict, dis
             z.append(torch.stack(views, 1).cpu())
         return torch.cat(z).numpy()
 
-    length = 1000 // batch * batch  # few files: Linux maps 65,530
     made_of = made_of | {"precision": dist.precision}
+    length = 1000 // batch * batch  # few files: Linux maps 65,530
     rows = make_shards(folder, len(images), length, encode, made_of, dist, "encoding")
     sums = torch.zeros(2, rows.shape[-1], device=dist.device).double()
     for array in rows.arrays[dist.rank::dist.world_size]:

@@ -799,7 +799,7 @@ def compare_latents(cfg: Config, dist: Dist):
         row["dimensions_for_90_percent"] = int((variance < 0.9 * variance[-1]).sum()) + 1
         if len(train.classes) > 1:
             row["linear_probe"] = linear_probe(z, y, v, u, len(train.classes), dist.device)
-            row["probe_images"] = len(z), len(v)  # evenly spaced in large sets
+            row["probe_images"] = len(z), len(v)
         h = interpolate(v, z).unflatten(1, row["latents"])
         mixed = LazyImages(len(h), lambda i, model=model, h=h: decode_images(model, h[i], dist))
         if len(train.classes) > 1 and cfg.features != "fid":

@@ -1748,7 +1748,7 @@ def test_what_would_spoil_a_result_is_refused(chain, made, capsys):
         refused(call, "sample --num-samples 9", made["sample"], "--model x.pt", message="the velocity of sample 0 is not finite")
     state, images = torch.load(chain / "tokenizer/ckpt.pt"), data.ImageSet("shapes", 16, "val")
     weight, bias = (state["ema"][f"{name}"].clone() for name in ("to_latent.weight", "decoder.head.bias"))
-    state["ema"]["decoder.head.bias"] = bias * math.nan
+    state["ema"]["decoder.head.bias"], state["config"]["adv_norm"] = bias * math.nan, "batch"  # once a field
     ONE.save(Path("t.pt"), state)
     refused(tokenizer.reconstruct, tokenizer.load_tokenizer("t.pt", CPU)[0], images[np.arange(3)], ONE, message="not finite")
     state["ema"]["decoder.head.bias"] = bias

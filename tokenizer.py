@@ -577,7 +577,7 @@ def train(cfg: Config, dist: Dist, stage: int, model: Tokenizer, images: ImageSe
             optimizer.zero_grad()
         if adversarial:
             terms |= adversary.train_step(x, torch.cat(recons), total_step)
-        ema.update(step)  # it is evaluated
+        ema.update(step)
 
         done = step + 1
         saving = done == steps or done % cfg.save_every == 0
@@ -648,7 +648,7 @@ def load_tokenizer(path: str | Path, device: torch.device) -> tuple[Tokenizer, C
     """The averaged model of a checkpoint, without auxiliary decoders; its settings."""
     state = load_checkpoint(path, "tokenizer")
     with reading(path, "a tokenizer of this code"):
-        cfg = Config(**state["config"])
+        cfg = Config(**{k: v for k, v in state["config"].items() if k != "adv_norm"})  # once a field
         with torch.device("meta"):
             model = Tokenizer(cfg)
         weights = {name: w for name, w in state["ema"].items() if name[:4] != "aux."}
